@@ -1,0 +1,48 @@
+"""The one exception a command turns into a paragraph, and the wrapper that does so."""
+
+import sys
+import textwrap
+
+from absl import app, flags
+
+
+class UserError(ValueError):
+  """Bad usage or bad input; its message names what is at fault and what to do about it."""
+
+
+def run(main, flags_parser=None):
+  """Runs a command: flags parsed by absl, `UserError` printed as one paragraph, exit status 2.
+
+  Args:
+    main: function of no arguments, called once the flags are parsed.
+    flags_parser: replaces absl's own parsing of sys.argv where given.
+  """
+
+  def parse(argv):
+    try:
+      rest = flags_parser(argv) if flags_parser else flags.FLAGS(argv)
+    except (flags.Error, UserError, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
+      fail(e)
+    if len(rest) > 1 and not flags_parser:
+      fail(
+        UserError(f'Unexpected arguments: {" ".join(rest[1:])}. Options start with --; see --help.')
+      )
+    return rest
+
+  def guarded(_):
+    try:
+      main()
+    except UserError as error:
+      fail(error)
+
+  app.run(guarded, flags_parser=parse if '--help' not in sys.argv else None)
+
+
+def fail(error: Exception):
+  """Prints `error` as one paragraph on stderr and exits with status 2."""
+  message = ' '.join(str(error.args[0] if error.args else error).split())
+  print(
+    textwrap.fill(f'error: {message}', 100, break_long_words=False, break_on_hyphens=False),
+    file=sys.stderr,
+  )
+  sys.exit(2)

@@ -1,0 +1,1 @@
+"""Networks: autoencoder, discriminator, condition encoder, U-Net."""

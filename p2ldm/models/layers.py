@@ -1,0 +1,29 @@
+"""Layers that the autoencoder and the U-Net share. Everything is NHWC.
+
+Parameters are float32; `dtype` is what a layer computes in (bfloat16 on accelerators). Norms and
+softmax always compute in float32.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+Dtype = jnp.dtype
+
+
+class GroupNorm(nn.Module):
+  """GroupNorm over 32 groups, computed in float32, returned in `dtype`.
+
+  CompVis: `Normalize` (epsilon 1e-6) in the autoencoder and the transformers, `GroupNorm32`
+  (epsilon 1e-5) in the U-Net's residual blocks.
+  """
+
+  epsilon: float = 1e-6
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    """(..., C) of any float dtype, C divisible by 32 (or below 32: one group a channel pair)."""
+    y = nn.GroupNorm(
+      num_groups=min(32, x.shape[-1]), epsilon=self.epsilon, dtype=jnp.float32, name='norm'
+    )(x)
+    return y.astype(self.dtype)
