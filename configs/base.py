@@ -1,0 +1,139 @@
+"""Every key of a run, with the paper's values for CelebAMask-HQ at 256 px.
+
+The other files in this folder override a few lines each. Learning rates are absolute: nothing scales
+them by the batch size or the number of devices. Batch sizes are global.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  """The base configuration; not meant to be run by itself."""
+  return ConfigDict(
+    {
+      'seed': 0,
+      # 'auto' is bfloat16 on TPU and GPU, float32 on the CPU. Parameters, norms, softmax and losses
+      # are float32 everywhere.
+      'compute_dtype': 'auto',
+      # Devices along each axis; -1 takes all that are left. The batch is split over both axes,
+      # parameters and optimizer state over fsdp.
+      'mesh': {'data': -1, 'fsdp': 1},
+      'data': {
+        'dir': 'data/celebamask_hq_256',  # what `python -m p2ldm.prepare` wrote
+        'image_size': 256,  # H = W of the prepared images
+        'flip': True,  # mirror every other face, left and right classes swapped
+        'train_split': 'train',
+        'validation_split': 'validation',
+        # More than 0: if `dir` does not exist, render this many synthetic faces and prepare them.
+        'embedded_faces': 0,
+      },
+      'autoencoder': {
+        # A model directory whose autoencoder is used; '' trains one.
+        'pretrained': '',
+        'model': {
+          'channels': 128,
+          'channel_multipliers': (1, 2, 4),  # downsamples by 2 between them: f = 4
+          'num_res_blocks': 2,
+          'latent_channels': 3,
+          'regularizer': 'vq',  # or 'kl'
+          'codebook_size': 8192,  # for 'vq'
+        },
+        'loss': {
+          'perceptual_weight': 1.0,  # LPIPS (VGG16), needs the extra `perceptual`
+          'codebook_weight': 1.0,
+          'commitment_weight': 0.25,
+          'kl_weight': 1e-6,
+          'discriminator_start': 50_000,  # step from which the discriminator takes part
+          'discriminator_weight': 0.75,  # 0: no discriminator at all
+          'discriminator_channels': 64,
+          'discriminator_layers': 3,
+        },
+        'training': {
+          'batch_size': 32,
+          'num_steps': 200_000,
+          'learning_rate': 1e-4,
+          'warmup_steps': 1_000,
+          'final_learning_rate': 0.0,  # cosine decay from learning_rate to this
+          'adam_b1': 0.5,
+          'adam_b2': 0.9,
+          'weight_decay': 0.0,
+          'gradient_clip': 1.0,
+          'ema_decay': 0.9999,
+          'log_every': 100,
+          'evaluate_every': 5_000,
+          'sample_every': 5_000,
+          'checkpoint_every': 5_000,
+          'keep_checkpoints': 3,
+          'evaluation_faces': 1_000,  # how many validation faces an evaluation looks at
+        },
+      },
+      'latents': {'batch_size': 64},  # images encoded at a time when the cache is built
+      'denoiser': {
+        # How each condition gets in. attributes: 'cross_attention', 'timestep' or 'none';
+        # mask: 'cross_attention', 'concatenation' or 'none'.
+        'attributes': 'cross_attention',
+        'mask': 'cross_attention',
+        'condition_encoder': {
+          'width': 512,  # D of the context
+          'mask_channels': 64,  # of the class embedding of a pixel
+          'mask_patch': 16,  # one token per patch of this many pixels square
+          'num_layers': 4,  # joint self-attention layers
+          'head_channels': 64,
+        },
+        'unet': {
+          'channels': 224,
+          'channel_multipliers': (1, 2, 3, 4),
+          'num_res_blocks': 2,
+          'attention_factors': (2, 4, 8),  # attention where the latent is downsampled by these
+          'head_channels': 32,
+          'transformer_depth': 1,
+          'dropout': 0.0,
+        },
+      },
+      'diffusion': {
+        'num_timesteps': 1_000,
+        'beta_start': 0.0015,
+        'beta_end': 0.0195,  # linear in sqrt(beta)
+        'prediction': 'epsilon',  # or 'v'
+        'weighting': 'p2',  # 'p2', 'min_snr' or 'plain'
+        'p2_k': 1.0,
+        'p2_gamma': 1.0,
+        'min_snr_gamma': 5.0,
+        'normalize_weights': False,  # scale the weights to a mean of 1 over the timesteps
+        # How often training leaves conditions unspecified, each drawn independently.
+        'unspecify': {
+          'all_attributes': 0.1,
+          'whole_mask': 0.1,
+          'single_attribute': 0.1,
+          'single_region': 0.1,
+        },
+        'training': {
+          'batch_size': 48,
+          'num_steps': 500_000,
+          'learning_rate': 9.6e-5,
+          'warmup_steps': 10_000,
+          'final_learning_rate': 9.6e-5,
+          'adam_b1': 0.9,
+          'adam_b2': 0.999,
+          'weight_decay': 0.01,
+          'gradient_clip': 1.0,
+          'ema_decay': 0.9999,
+          'log_every': 100,
+          'evaluate_every': 5_000,
+          'sample_every': 10_000,
+          'checkpoint_every': 5_000,
+          'keep_checkpoints': 3,
+          'evaluation_faces': 1_000,
+        },
+      },
+      'sampling': {
+        # For the sample grids of a run; `python -m p2ldm.sample` has flags of its own.
+        'sampler': 'ddim',  # 'ddpm', 'ddim' or 'dpmpp_2m'
+        'steps': 50,
+        'eta': 0.0,
+        'attributes_scale': 2.0,
+        'mask_scale': 2.0,
+        'num_faces': 8,
+      },
+    }
+  )
