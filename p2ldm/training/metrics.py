@@ -1,0 +1,70 @@
+"""Where metrics go: TensorBoard event files and a JSON-lines file.
+
+The event files are written with TensorBoard's own writer: the one in `clu.metric_writers` imports
+TensorFlow, which only the tf.data pipeline may do here. Means over batches are `clu.metrics`'.
+"""
+
+import io
+import json
+import pathlib
+import time
+
+import numpy as np
+from clu import metrics as clu_metrics
+from PIL import Image
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+
+class MetricWriter:
+  """Writes the metrics of one task; every call carries the step it belongs to."""
+
+  def __init__(self, directory):
+    """Opens the event file and metrics.jsonl in `directory`; a resumed run appends."""
+    path = pathlib.Path(directory)
+    path.mkdir(parents=True, exist_ok=True)
+    self._events = EventFileWriter(str(path), flush_secs=20)
+    self._lines = (path / 'metrics.jsonl').open('a')
+
+  def scalars(self, step: int, values: dict):
+    """Writes named numbers."""
+    values = {name: float(value) for name, value in values.items()}
+    summary = Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in values.items()])
+    self._events.add_event(Event(step=step, wall_time=time.time(), summary=summary))
+    print(json.dumps({'step': step, 'time': time.time(), **values}), file=self._lines, flush=True)
+
+  def image(self, step: int, name: str, image: np.ndarray):
+    """Writes one picture, (H, W, 3) uint8."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, 'PNG')
+    proto = Summary.Image(
+      height=image.shape[0],
+      width=image.shape[1],
+      colorspace=3,
+      encoded_image_string=buffer.getvalue(),
+    )
+    summary = Summary(value=[Summary.Value(tag=name, image=proto)])
+    self._events.add_event(Event(step=step, wall_time=time.time(), summary=summary))
+
+  def close(self):
+    """Flushes and closes both files."""
+    self._events.close()
+    self._lines.close()
+
+
+class Means:
+  """Means of several named values over batches whose last rows may be padding."""
+
+  def __init__(self):
+    self._averages = {}
+
+  def add(self, values: dict, valid: np.ndarray | None = None):
+    """Adds per-example values (B,); rows where `valid` (B,) bool is False do not count."""
+    for name, value in values.items():
+      part = clu_metrics.Average.from_model_output(np.asarray(value), mask=valid)
+      self._averages[name] = part.merge(self._averages[name]) if name in self._averages else part
+
+  def compute(self) -> dict[str, float]:
+    """{name: mean}."""
+    return {name: float(average.compute()) for name, average in self._averages.items()}

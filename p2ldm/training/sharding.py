@@ -1,0 +1,83 @@
+"""Where arrays live: a (data, fsdp) mesh, state sharded over fsdp, batches over both axes."""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from p2ldm.errors import UserError
+
+MIN_SHARDED_SIZE = 2**14  # smaller arrays (biases, norms) are replicated: gathering them costs more
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, devices=None) -> Mesh:
+  """A mesh with the axes 'data' and 'fsdp' over all devices (or the given ones).
+
+  Args:
+    data: devices along 'data'; -1 takes all that are left.
+    fsdp: devices along 'fsdp'; -1 takes all that are left.
+    devices: which devices; all of them by default.
+
+  Raises:
+    UserError: the two numbers do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  count = len(devices)
+  if data == -1 and fsdp > 0:
+    data = count // fsdp
+  elif fsdp == -1 and data > 0:
+    fsdp = count // data
+  if data < 1 or fsdp < 1 or data * fsdp != count:
+    raise UserError(
+      f'mesh.data = {data} and mesh.fsdp = {fsdp} do not multiply to the {count} devices at hand. '
+      'Set one of them to -1 to take all devices that the other leaves.'
+    )
+  types = (AxisType.Auto, AxisType.Auto)
+  return jax.make_mesh((data, fsdp), ('data', 'fsdp'), axis_types=types, devices=devices)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Every device holds the whole array."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def over_batch(mesh: Mesh) -> NamedSharding:
+  """The leading axis is split over all devices."""
+  return NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
+
+
+def state_shardings(shapes, mesh: Mesh):
+  """Shards each array over fsdp along its largest divisible axis; small arrays are replicated.
+
+  The rule looks at the shape alone, so a parameter, its EMA and its two Adam moments land alike.
+
+  Args:
+    shapes: pytree of arrays or `jax.ShapeDtypeStruct`.
+    mesh: from `make_mesh`.
+
+  Returns:
+    The same tree of `NamedSharding`.
+  """
+  fsdp = mesh.shape['fsdp']
+
+  def shard(x):
+    axes = [i for i, n in enumerate(x.shape) if n % fsdp == 0]
+    if fsdp == 1 or not axes or np.prod(x.shape) < MIN_SHARDED_SIZE:
+      return replicated(mesh)
+    largest = max(axes, key=lambda i: x.shape[i])
+    return NamedSharding(mesh, PartitionSpec(*([None] * largest), 'fsdp'))
+
+  return jax.tree.map(shard, shapes)
+
+
+def check_batch_size(batch_size: int, mesh: Mesh, key: str):
+  """Raises `UserError` unless the global batch splits evenly over the mesh; `key` names the config key."""
+  if batch_size < 1 or batch_size % mesh.size:
+    raise UserError(
+      f'{key} = {batch_size} is the global batch, and must be a multiple of the {mesh.size} devices.'
+    )
+
+
+def put_batch(batch, mesh: Mesh):
+  """This process' rows of a batch (NumPy arrays) as global arrays, split over all devices."""
+  sharding = over_batch(mesh)
+  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
