@@ -27,3 +27,20 @@ class GroupNorm(nn.Module):
       num_groups=min(32, x.shape[-1]), epsilon=self.epsilon, dtype=jnp.float32, name='norm'
     )(x)
     return y.astype(self.dtype)
+
+
+# PyTorch's default for convolutions and linear layers, uniform(+-1/sqrt(fan_in)), from which the
+# reference trains; its biases start there too, here at zero.
+torch_init = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
+
+
+class Upsample(nn.Module):
+  """Doubles height and width by nearest neighbour, then a 3x3 convolution (CompVis: `Upsample`)."""
+
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    """(B, H, W, C) -> (B, 2H, 2W, C)."""
+    x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+    return nn.Conv(x.shape[-1], (3, 3), kernel_init=torch_init, dtype=self.dtype, name='conv')(x)

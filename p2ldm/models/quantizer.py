@@ -1,0 +1,92 @@
+"""Vector quantisation of latents (van den Oord et al., 2017, arXiv 1711.00937).
+
+  k = argmin_j |z - e_j|^2,   z_q = e_k
+  codebook loss   = mean (sg(z) - z_q)^2     moves the codes towards the latents
+  commitment loss = mean (z - sg(z_q))^2     moves the latents towards their codes
+
+The gradient of z_q reaches z unchanged (straight-through). Everything is float32.
+
+Reference: taming-transformers' `VectorQuantizer2`. CompVis' VQModel leaves its `legacy` flag on,
+which puts beta = 0.25 on the codebook loss and 1 on the commitment loss, the reverse of the paper.
+The two losses are returned apart, so either weighting is a matter of configuration.
+"""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+
+@flax.struct.dataclass
+class Quantized:
+  """What `Quantizer` returns."""
+
+  latent: jax.Array  # (B, h, w, C) float32: the nearest codes; its gradient goes to the input
+  codebook_loss: jax.Array  # () float32
+  commitment_loss: jax.Array  # () float32
+  indices: jax.Array  # (B, h, w) int32
+
+
+class Quantizer(nn.Module):
+  """A codebook of `codebook_size` codes; replaces each latent vector by the nearest code."""
+
+  codebook_size: int
+
+  @nn.compact
+  def __call__(self, latent):
+    """(B, h, w, C) of any float dtype -> Quantized."""
+    latent = latent.astype(jnp.float32)
+    codes = self.param('embedding', _uniform, (self.codebook_size, latent.shape[-1]), jnp.float32)
+    indices = nearest_code(latent, codes)
+    nearest = codes[indices]
+    fixed_latent, fixed_nearest = jax.lax.stop_gradient((latent, nearest))
+    return Quantized(
+      # Written so that the value is exactly the code: z + (z_q - z) would round.
+      latent=fixed_nearest + (latent - fixed_latent),
+      codebook_loss=jnp.mean(jnp.square(nearest - fixed_latent)),
+      commitment_loss=jnp.mean(jnp.square(latent - fixed_nearest)),
+      indices=indices,
+    )
+
+
+def nearest_code(latent, codes):
+  """The nearest code of each vector, the first one on a tie.
+
+  Args:
+    latent: (..., C) float32.
+    codes: (K, C) float32.
+
+  Returns:
+    (...) int32 in [0, K). No gradient flows through it.
+  """
+  latent, codes = jax.lax.stop_gradient((latent, codes))
+  # Squared differences summed channel by channel: exact where codes lie close together, independent
+  # of the matmul precision, and XLA fuses them into the argmin, so (..., K) is never stored.
+  distance = sum(jnp.square(latent[..., c, None] - codes[:, c]) for c in range(codes.shape[-1]))
+  return jnp.argmin(distance, axis=-1).astype(jnp.int32)
+
+
+def codebook_statistics(indices, codebook_size: int) -> dict[str, jax.Array]:
+  """How much of the codebook a batch uses.
+
+  Args:
+    indices: int array of any shape, in [0, codebook_size).
+    codebook_size: number of codes.
+
+  Returns:
+    codebook_use: () float32 in (0, 1], the share of codes that occur; codebook_perplexity: () float32 in
+    [1, codebook_size], exp of the entropy of the codes' frequencies (codebook_size: all equally
+    often).
+  """
+  count = jnp.bincount(indices.reshape(-1), length=codebook_size)
+  frequency = count.astype(jnp.float32) / indices.size
+  entropy = -jnp.sum(jax.scipy.special.xlogy(frequency, frequency))
+  return {
+    'codebook_use': jnp.mean((count > 0).astype(jnp.float32)),
+    'codebook_perplexity': jnp.exp(entropy),
+  }
+
+
+def _uniform(key, shape, dtype):
+  """Uniform in +-1/K, K the number of codes, as the reference."""
+  return jax.random.uniform(key, shape, dtype, -1 / shape[0], 1 / shape[0])
