@@ -12,6 +12,8 @@ def get_config() -> ConfigDict:
   return ConfigDict(
     {
       'seed': 0,
+      # What to run, in this order; a stage that is complete in the workdir is not run again.
+      'stages': ('autoencoder', 'latents', 'diffusion'),
       # 'auto' is bfloat16 on TPU and GPU, float32 on the CPU. Parameters, norms, softmax and losses
       # are float32 everywhere.
       'compute_dtype': 'auto',
@@ -40,8 +42,8 @@ def get_config() -> ConfigDict:
         },
         'loss': {
           'perceptual_weight': 1.0,  # LPIPS (VGG16), needs the extra `perceptual`
-          'codebook_weight': 1.0,
-          'commitment_weight': 0.25,
+          'codebook_weight': 0.25,  # CompVis' VQModel has its beta on this term ...
+          'commitment_weight': 1.0,  # ... and none on this one
           'kl_weight': 1e-6,
           'discriminator_start': 50_000,  # step from which the discriminator takes part
           'discriminator_weight': 0.75,  # 0: no discriminator at all

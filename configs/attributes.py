@@ -1,0 +1,10 @@
+"""Attributes alone; the mask is not looked at."""
+
+from configs import base, variants
+
+
+def get_config(variant: str = ''):
+  """`attributes.py`, `attributes.py:tiny` or `attributes.py:faces64`."""
+  config = variants.apply(base.get_config(), variant)
+  config.denoiser.mask = 'none'
+  return config

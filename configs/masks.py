@@ -1,0 +1,10 @@
+"""The mask alone; attributes are not looked at."""
+
+from configs import base, variants
+
+
+def get_config(variant: str = ''):
+  """`masks.py`, `masks.py:tiny` or `masks.py:faces64`."""
+  config = variants.apply(base.get_config(), variant)
+  config.denoiser.attributes = 'none'
+  return config

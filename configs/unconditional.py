@@ -1,0 +1,11 @@
+"""No condition at all: the U-Net of CompVis' celebahq-ldm-vq-4, with plain self-attention."""
+
+from configs import base, variants
+
+
+def get_config(variant: str = ''):
+  """`unconditional.py`, `unconditional.py:tiny` or `unconditional.py:faces64`."""
+  config = variants.apply(base.get_config(), variant)
+  config.denoiser.attributes = 'none'
+  config.denoiser.mask = 'none'
+  return config

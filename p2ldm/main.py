@@ -1,0 +1,58 @@
+"""`python -m p2ldm.main --config=configs/multi.py`: trains, from a prepared data set to a model.
+
+Runs the stages of the config in order: the autoencoder, the latent cache, the diffusion model. A
+stage that is complete in the workdir is not run again, one that was interrupted goes on from its
+newest checkpoint. At the end WORKDIR/model holds what `p2ldm.Pipeline` and the other commands load.
+
+  python -m p2ldm.main --config=configs/multi.py:tiny          embedded faces, minutes on two cores
+  python -m p2ldm.main --config=configs/multi.py --config.data.dir=DIR
+"""
+
+import pathlib
+
+from absl import flags
+from ml_collections import config_flags
+
+from p2ldm import errors
+
+_CONFIG = config_flags.DEFINE_config_file(
+  'config',
+  None,
+  'The run: a file of configs/, with a variant after a colon, as in configs/multi.py:tiny. Any key '
+  'can be set as --config.KEY=VALUE; configs/base.py lists and explains them all.',
+)
+_WORKDIR = flags.DEFINE_string(
+  'workdir',
+  None,
+  'Where checkpoints, metrics, pictures and the model go. Default: runs/ and the name of the config, '
+  'as in runs/multi_tiny.',
+)
+
+
+def main():
+  """Trains what the flags say."""
+  if _CONFIG.value is None:
+    raise errors.UserError(
+      'No --config. Try --config=configs/multi.py:tiny (embedded faces, minutes on two cores), or '
+      '--config=configs/multi.py for CelebAMask-HQ at 256 px.'
+    )
+  # Imported here: --help and a bad flag should not wait for JAX.
+  import jax
+
+  from p2ldm.training import stages
+
+  if jax.config.jax_compilation_cache_dir is None:
+    cache = pathlib.Path.home() / '.cache' / 'p2ldm' / 'xla'
+    jax.config.update('jax_compilation_cache_dir', str(cache))
+  stages.run(_CONFIG.value, _WORKDIR.value or default_workdir(flags.FLAGS['config']))
+
+
+def default_workdir(config_flag) -> str:
+  """configs/multi.py:tiny -> runs/multi_tiny."""
+  path, _, variant = config_flags.get_config_filename(config_flag), None, None
+  name, _, variant = pathlib.Path(path).name.partition(':')
+  return str(pathlib.Path('runs') / '_'.join(filter(None, (name.removesuffix('.py'), variant))))
+
+
+if __name__ == '__main__':
+  errors.run(main)

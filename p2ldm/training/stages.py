@@ -1,0 +1,211 @@
+"""The stages of a run, in the order data flows through them.
+
+    prepared data set -> autoencoder -> latent cache -> diffusion -> model directory
+"""
+
+import hashlib
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import p2ldm
+from p2ldm.data.latents import LatentCache, build
+from p2ldm.diffusion.schedule import make_schedule
+from p2ldm.errors import UserError
+from p2ldm.interop import model_directory
+from p2ldm.models.autoencoder import Autoencoder
+from p2ldm.models.denoiser import Denoiser
+from p2ldm.models.layers import resolve_dtype
+from p2ldm.training import autoencoder_task, diffusion_task, loop, sharding
+from p2ldm.training.pictures import SampleGrid
+from p2ldm.training.workdir import open_workdir
+
+STAGES = ('autoencoder', 'latents', 'diffusion')
+
+
+def run(config, workdir):
+  """Runs the stages of a config in a workdir.
+
+  Args:
+    config: as configs/base.py describes it.
+    workdir: the folder of the run.
+
+  Raises:
+    UserError: the config, the data set or the workdir is at fault.
+  """
+  unknown = [stage for stage in config.stages if stage not in STAGES]
+  if unknown:
+    raise UserError(f'config.stages names {unknown[0]!r}; the stages are {", ".join(STAGES)}.')
+  mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+  workdir = open_workdir(workdir, config)
+  trained = run_autoencoder(config, workdir, mesh)
+  if 'latents' in config.stages:
+    cache = run_latents(config, workdir, mesh, trained)
+    if 'diffusion' in config.stages:
+      run_diffusion(config, workdir, mesh, trained, cache)
+
+
+def open_data(config):
+  """The prepared data set of a config; renders and prepares the embedded faces where it asks so."""
+  from p2ldm.data.input_pipeline import open_dataset  # needs TensorFlow
+
+  path = pathlib.Path(config.data.dir)
+  if config.data.embedded_faces > 0 and not path.exists():
+    from p2ldm.prepare import prepare_embedded
+
+    prepare_embedded(path, config.data.embedded_faces, config.data.image_size, config.seed)
+  dataset = open_dataset(path)
+  if dataset.image_size != config.data.image_size:
+    raise UserError(
+      f'The data set {path} was prepared at {dataset.image_size} px, but data.image_size is '
+      f'{config.data.image_size}. Prepare it at that size, or set --config.data.image_size.'
+    )
+  return dataset
+
+
+def run_autoencoder(config, workdir, mesh) -> model_directory.TrainedAutoencoder:
+  """Loads the pretrained autoencoder, or the workdir's, or trains one."""
+  if config.autoencoder.pretrained:
+    return model_directory.load_autoencoder(config.autoencoder.pretrained)
+  directory = workdir / 'autoencoder'
+  if loop.finished(directory, config.autoencoder.training.num_steps):
+    if model_directory.has_autoencoder(directory):
+      print(f'autoencoder: complete in {directory}')
+      return model_directory.load_autoencoder(directory)
+  fields = config.autoencoder.model.to_dict()
+  model = Autoencoder(**fields, dtype=resolve_dtype(config.compute_dtype))
+  task = autoencoder_task.make_task(config, model, open_data(config), mesh)
+  state = loop.train(task, workdir, mesh, config.seed)
+  params = jax.device_get(state.ema_params['autoencoder'])
+  model_directory.save_autoencoder(directory, fields, params)
+  return model_directory.load_autoencoder(directory)
+
+
+def run_latents(config, workdir, mesh, trained) -> LatentCache:
+  """Opens the latent cache, or builds it."""
+  directory = workdir / 'latents'
+  origin = {'autoencoder': fingerprint(trained.params)}
+  record = pathlib.Path(config.data.dir) / 'prepare.json'
+  if record.exists():
+    origin['data set'] = json.loads(record.read_text())['fingerprint']
+  cache = LatentCache.open(directory)
+  if cache is not None:
+    cache.check_origin(origin, directory)
+    print(f'latents: complete in {directory}')
+    return cache
+  from p2ldm.data.input_pipeline import ordered_batches
+
+  dataset = open_data(config)
+  origin['data set'] = dataset.fingerprint
+  splits = {
+    name: (dataset.num_examples(split), ordered_batches(dataset, split, config.latents.batch_size))
+    for name, split in (
+      ('train', config.data.train_split),
+      ('validation', config.data.validation_split),
+    )
+  }
+  encode = Encoder(trained, config.latents.batch_size, resolve_dtype(config.compute_dtype), mesh)
+  cache = build(directory, splits, encode, dataset.schema, origin)
+  print(f'latents: mean {cache.statistics.mean}, standard deviation {cache.statistics.std}')
+  return cache
+
+
+class Encoder:
+  """Encodes batches of up to `batch_size` images on all devices, compiled once."""
+
+  def __init__(self, trained, batch_size: int, dtype, mesh):
+    model = Autoencoder(**trained.fields, dtype=dtype)
+    self._batch_size, self._mesh = batch_size, mesh
+    self._params = jax.device_put(trained.params, sharding.replicated(mesh))
+    self._encode = jax.jit(
+      lambda params, image: model.apply({'params': params}, image, method='encode'),
+      out_shardings=sharding.replicated(mesh),
+    )
+
+  def __call__(self, image: np.ndarray) -> np.ndarray:
+    """(B, H, W, 3) float32, B at most the batch size -> raw latent (B, h, w, C) float32."""
+    rows = len(image)
+    padding = [(0, self._batch_size - rows)] + [(0, 0)] * 3
+    batch = sharding.put_batch(np.pad(image, padding), self._mesh)
+    return np.asarray(self._encode(self._params, batch))[:rows]
+
+
+def run_diffusion(config, workdir, mesh, trained, cache):
+  """Trains the diffusion model and exports it as WORKDIR/model."""
+  num_steps = config.diffusion.training.num_steps
+  model_dir = workdir / 'model'
+  if loop.finished(workdir / 'diffusion', num_steps) and model_directory.exists(model_dir, num_steps):
+    print(f'diffusion: complete in {workdir / "diffusion"}; the model is in {model_dir}')
+    return
+  fields = denoiser_fields(config, cache)
+  denoiser = Denoiser(**fields, dtype=resolve_dtype(config.compute_dtype))
+  schedule = make_schedule(
+    config.diffusion.num_timesteps, config.diffusion.beta_start, config.diffusion.beta_end
+  )
+
+  def export(state):
+    parts = model_parts(config, trained, cache, fields, state)
+    model_directory.save(model_dir, parts)
+
+  draw = SampleGrid(config, trained, cache, denoiser, schedule)
+  task = diffusion_task.make_task(config, denoiser, schedule, cache, mesh, draw)
+  export(loop.train(task, workdir, mesh, config.seed, on_checkpoint=export))
+  print(f'The model is in {model_dir}; pictures are in {workdir / "diffusion" / "pictures"}.')
+
+
+def denoiser_fields(config, cache: LatentCache) -> dict:
+  """The fields of `Denoiser`, dtype excepted, as plain values for config.json."""
+  train = cache.splits['train']
+  return {
+    'attributes': config.denoiser.attributes,
+    'mask': config.denoiser.mask,
+    'condition_encoder': config.denoiser.condition_encoder.to_dict(),
+    'unet': config.denoiser.unet.to_dict(),
+    'num_attributes': cache.schema.num_attributes,
+    'num_classes': cache.schema.num_classes,
+    'latent_channels': train.latent_shape[-1],
+    'latent_factor': config.data.image_size // train.latent_shape[0],
+  }
+
+
+def model_parts(config, trained, cache, fields, state) -> model_directory.ModelParts:
+  """What a model directory is made of, from the state of the diffusion task."""
+  diffusion = config.diffusion
+  return model_directory.ModelParts(
+    config={
+      'format': 1,
+      'image_size': config.data.image_size,
+      'autoencoder': trained.fields,
+      'latents': {name: cache.meta[name] for name in ('mean', 'std')},
+      'denoiser': fields,
+      'diffusion': {
+        name: diffusion[name] for name in ('num_timesteps', 'beta_start', 'beta_end', 'prediction')
+      },
+      'schema': cache.schema.to_dict(),
+      'provenance': {
+        'step': int(state.step),
+        'num_steps': diffusion.training.num_steps,
+        'data_set': config.data.dir,
+        'embedded': config.data.embedded_faces > 0,
+        'origin': cache.meta['origin'],
+        'faces': cache.meta['splits'],
+        'seed': config.seed,
+        'weighting': diffusion.weighting,
+        'code_version': p2ldm.__version__,
+      },
+    },
+    autoencoder=trained.params,
+    denoiser=jax.device_get(state.ema_params['denoiser']),
+  )
+
+
+def fingerprint(params) -> str:
+  """SHA-256 over the names and the values of a tree of arrays."""
+  digest = hashlib.sha256()
+  for path, value in jax.tree_util.tree_leaves_with_path(params):
+    digest.update(jax.tree_util.keystr(path).encode())
+    digest.update(np.ascontiguousarray(jnp.asarray(value)).tobytes())
+  return digest.hexdigest()

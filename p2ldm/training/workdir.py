@@ -1,0 +1,72 @@
+"""The folder of one run, and the config it was begun with.
+
+    WORKDIR/
+      config.json      the config; a run goes on only with one that describes the same networks and data
+      autoencoder/     checkpoints, metrics, pictures, and autoencoder.safetensors when it is complete
+      latents/         the latent cache
+      diffusion/       checkpoints, metrics, pictures
+      model/           the model directory, rewritten whenever pictures are drawn
+"""
+
+import json
+import pathlib
+
+from p2ldm.errors import UserError
+
+# What may change between a run's beginning and its continuation.
+_FREE = ('stages', 'mesh', 'compute_dtype', 'latents', 'sampling', 'data.dir')
+_FREE_TRAINING = ('num_steps', 'learning_rate', 'warmup_steps', 'final_learning_rate', 'log_every',
+                  'evaluate_every', 'sample_every', 'checkpoint_every', 'keep_checkpoints',
+                  'evaluation_faces')  # fmt: skip
+
+
+def open_workdir(path, config) -> pathlib.Path:
+  """Makes the workdir, or checks that the one at hand was begun with this config.
+
+  Args:
+    path: the folder.
+    config: the whole config of the run.
+
+  Returns:
+    The folder's path.
+
+  Raises:
+    UserError: the workdir belongs to another run; the message names the first key that differs.
+  """
+  path = pathlib.Path(path)
+  record = path / 'config.json'
+  now = json.loads(config.to_json())
+  if record.exists():
+    then = json.loads(record.read_text())
+    for key, old, new in differences(then, now):
+      if not is_free(key):
+        raise UserError(
+          f'{path} was begun with {key} = {old!r}, and the config now says {new!r}. Go on with the '
+          'old value, or choose another --workdir.'
+        )
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    partial = path / 'config.json.partial'
+    partial.write_text(json.dumps(now, indent=1) + '\n')
+    partial.rename(record)
+  except OSError as error:
+    raise UserError(f'Cannot write to the workdir {path}: {error.strerror}.') from error
+  return path
+
+
+def differences(old: dict, new: dict, prefix: str = ''):
+  """Yields (dotted key, old value, new value) wherever two nested dicts differ."""
+  for name in sorted(old.keys() | new.keys()):
+    a, b = old.get(name), new.get(name)
+    if isinstance(a, dict) and isinstance(b, dict):
+      yield from differences(a, b, f'{prefix}{name}.')
+    elif a != b:
+      yield f'{prefix}{name}', a, b
+
+
+def is_free(key: str) -> bool:
+  """Whether a run may go on with another value of this dotted key."""
+  section, _, name = key.rpartition('.')
+  return any(key == free or key.startswith(free + '.') for free in _FREE) or (
+    section.endswith('.training') and name in _FREE_TRAINING
+  )
