@@ -5,7 +5,10 @@ softmax always compute in float32.
 """
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+
+from p2ldm.errors import UserError
 
 Dtype = jnp.dtype
 
@@ -44,3 +47,19 @@ class Upsample(nn.Module):
     """(B, H, W, C) -> (B, 2H, 2W, C)."""
     x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
     return nn.Conv(x.shape[-1], (3, 3), kernel_init=torch_init, dtype=self.dtype, name='conv')(x)
+
+
+def resolve_dtype(name: str) -> Dtype:
+  """The dtype of a config's `compute_dtype`.
+
+  Args:
+    name: 'float32', 'bfloat16', or 'auto': bfloat16 on TPU and GPU, float32 on the CPU.
+
+  Raises:
+    UserError: any other name.
+  """
+  if name == 'auto':
+    name = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+  if name not in ('float32', 'bfloat16'):
+    raise UserError(f"compute_dtype is {name!r}; it must be 'auto', 'float32' or 'bfloat16'.")
+  return jnp.dtype(name)

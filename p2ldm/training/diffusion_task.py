@@ -70,6 +70,7 @@ def make_task(
     init=init,
     optimizer=optimizer,
     averaged=('denoiser',),
+    frozen=None,
     step=functools.partial(
       train_step,
       loss=loss,
@@ -118,9 +119,10 @@ def noised_loss(params, x0, noise, timesteps, attributes, mask, *, dropout_key=N
   return denoising_loss(predicted, wanted, timesteps, weights)
 
 
-def train_step(state: TrainState, batch, key, *, loss, optimizer, probabilities, num_timesteps,
+def train_step(state: TrainState, batch, key, frozen, *, loss, optimizer, probabilities, num_timesteps,
                num_classes, ema_decay):  # fmt: skip
-  """One update; batch is {latent, attributes, mask}, key that of the run."""
+  """One update; batch is {latent, attributes, mask}, key that of the run, frozen is None."""
+  del frozen
   key = jax.random.fold_in(key, state.step)
   time_key, noise_key, condition_key, dropout_key = jax.random.split(key, 4)
   x0 = batch['latent']
@@ -177,7 +179,7 @@ class Evaluation:
       )
     return values, timesteps
 
-  def __call__(self, state: TrainState) -> dict[str, float]:
+  def __call__(self, state: TrainState, frozen=None) -> dict[str, float]:
     """The values of one evaluation of the moving average."""
     means = Means()
     for start in range(0, self._num_faces, self._batch_size):

@@ -5,6 +5,7 @@ Step s is a function of the state, of batch s and of fold_in(key, s), and the ba
 """
 
 import collections
+import dataclasses
 import pathlib
 import time
 
@@ -58,12 +59,15 @@ def train(
     if int(state.step) >= task.training.num_steps:
       return state
     log_parameters(task, state)
+    replicated = sharding.replicated(mesh)
     step_fn = jax.jit(
       task.step,
-      in_shardings=(shardings, sharding.over_batch(mesh), sharding.replicated(mesh)),
-      out_shardings=(shardings, sharding.replicated(mesh)),
+      in_shardings=(shardings, sharding.over_batch(mesh), replicated, replicated),
+      out_shardings=(shardings, replicated),
       donate_argnums=0,
     )
+    step_key, frozen = jax.device_put((step_key, task.frozen), replicated)
+    task = dataclasses.replace(task, frozen=frozen)
     return run(task, state, step_fn, step_key, directory, mesh, checkpoints, on_checkpoint)
   finally:
     checkpoints.close()
@@ -73,7 +77,6 @@ def run(task, state, step_fn, key, directory, mesh, checkpoints, on_checkpoint):
   """The steps themselves: dispatches step n, then reads the metrics of step n - 1."""
   training = task.training
   first, last = int(state.step), training.num_steps
-  key = jax.device_put(key, sharding.replicated(mesh))
   is_main = jax.process_index() == 0
   writer = MetricWriter(directory) if is_main else None
   log = StepLog(training.batch_size, training.log_every, first, writer)
@@ -89,7 +92,7 @@ def run(task, state, step_fn, key, directory, mesh, checkpoints, on_checkpoint):
   try:
     for step in range(first + 1, last + 1):
       batch = sharding.put_batch(next(batches), mesh)
-      state, metrics = step_fn(state, batch, key)
+      state, metrics = step_fn(state, batch, key, task.frozen)
       log.add(step - 1, pending, bar)
       pending = metrics
       bar.update()
@@ -103,7 +106,7 @@ def run(task, state, step_fn, key, directory, mesh, checkpoints, on_checkpoint):
       if due(step, training.checkpoint_every):
         checkpoints.save(step, state)
       if due(step, training.evaluate_every):
-        values = task.evaluate(state)
+        values = task.evaluate(state, task.frozen)
         if is_main:
           writer.scalars(step, {f'validation/{name}': value for name, value in values.items()})
           bar.write(f'{task.name} step {step}: ' + describe(values))

@@ -1,6 +1,6 @@
 """The stages of a run, in the order data flows through them.
 
-    prepared data set -> autoencoder -> latent cache -> diffusion -> model directory
+prepared data set -> autoencoder -> latent cache -> diffusion -> model directory
 """
 
 import hashlib
@@ -16,10 +16,11 @@ from p2ldm.data.latents import LatentCache, build
 from p2ldm.diffusion.schedule import make_schedule
 from p2ldm.errors import UserError
 from p2ldm.interop import model_directory
+from p2ldm.interop.model_directory import ModelParts
 from p2ldm.models.autoencoder import Autoencoder
 from p2ldm.models.denoiser import Denoiser
 from p2ldm.models.layers import resolve_dtype
-from p2ldm.training import autoencoder_task, diffusion_task, loop, sharding
+from p2ldm.training import diffusion_task, loop, sharding
 from p2ldm.training.pictures import SampleGrid
 from p2ldm.training.workdir import open_workdir
 
@@ -66,28 +67,45 @@ def open_data(config):
   return dataset
 
 
-def run_autoencoder(config, workdir, mesh) -> model_directory.TrainedAutoencoder:
+def run_autoencoder(config, workdir, mesh) -> ModelParts:
   """Loads the pretrained autoencoder, or the workdir's, or trains one."""
   if config.autoencoder.pretrained:
-    return model_directory.load_autoencoder(config.autoencoder.pretrained)
+    path = pathlib.Path(config.autoencoder.pretrained)
+    return model_directory.load(path / 'autoencoder' if (path / 'autoencoder').is_dir() else path)
   directory = workdir / 'autoencoder'
   if loop.finished(directory, config.autoencoder.training.num_steps):
-    if model_directory.has_autoencoder(directory):
+    if (directory / 'model').exists():
       print(f'autoencoder: complete in {directory}')
-      return model_directory.load_autoencoder(directory)
+      return model_directory.load(directory)
   fields = config.autoencoder.model.to_dict()
   model = Autoencoder(**fields, dtype=resolve_dtype(config.compute_dtype))
-  task = autoencoder_task.make_task(config, model, open_data(config), mesh)
-  state = loop.train(task, workdir, mesh, config.seed)
-  params = jax.device_get(state.ema_params['autoencoder'])
-  model_directory.save_autoencoder(directory, fields, params)
-  return model_directory.load_autoencoder(directory)
+  from p2ldm.training import autoencoder_task  # needs TensorFlow
+
+  dataset = open_data(config)
+  state = loop.train(
+    autoencoder_task.make_task(config, model, dataset, mesh), workdir, mesh, config.seed
+  )
+  parts = ModelParts(
+    config={
+      'image_size': config.data.image_size,
+      'autoencoder': fields,
+      'latents': None,
+      'denoiser': None,
+      'diffusion': None,
+      'schema': dataset.schema.to_dict(),
+      'provenance': {'step': int(state.step), 'data_set': config.data.dir, 'seed': config.seed},
+    },
+    autoencoder=jax.device_get(state.ema_params['autoencoder']),
+    denoiser=None,
+  )
+  model_directory.save(directory / 'model', parts)
+  return parts
 
 
 def run_latents(config, workdir, mesh, trained) -> LatentCache:
   """Opens the latent cache, or builds it."""
   directory = workdir / 'latents'
-  origin = {'autoencoder': fingerprint(trained.params)}
+  origin = {'autoencoder': fingerprint(trained.autoencoder)}
   record = pathlib.Path(config.data.dir) / 'prepare.json'
   if record.exists():
     origin['data set'] = json.loads(record.read_text())['fingerprint']
@@ -117,9 +135,9 @@ class Encoder:
   """Encodes batches of up to `batch_size` images on all devices, compiled once."""
 
   def __init__(self, trained, batch_size: int, dtype, mesh):
-    model = Autoencoder(**trained.fields, dtype=dtype)
+    model = trained.make_autoencoder(dtype)
     self._batch_size, self._mesh = batch_size, mesh
-    self._params = jax.device_put(trained.params, sharding.replicated(mesh))
+    self._params = jax.device_put(trained.autoencoder, sharding.replicated(mesh))
     self._encode = jax.jit(
       lambda params, image: model.apply({'params': params}, image, method='encode'),
       out_shardings=sharding.replicated(mesh),
@@ -137,7 +155,7 @@ def run_diffusion(config, workdir, mesh, trained, cache):
   """Trains the diffusion model and exports it as WORKDIR/model."""
   num_steps = config.diffusion.training.num_steps
   model_dir = workdir / 'model'
-  if loop.finished(workdir / 'diffusion', num_steps) and model_directory.exists(model_dir, num_steps):
+  if loop.finished(workdir / 'diffusion', num_steps) and (model_dir / 'config.json').exists():
     print(f'diffusion: complete in {workdir / "diffusion"}; the model is in {model_dir}')
     return
   fields = denoiser_fields(config, cache)
@@ -171,14 +189,13 @@ def denoiser_fields(config, cache: LatentCache) -> dict:
   }
 
 
-def model_parts(config, trained, cache, fields, state) -> model_directory.ModelParts:
+def model_parts(config, trained, cache, fields, state) -> ModelParts:
   """What a model directory is made of, from the state of the diffusion task."""
   diffusion = config.diffusion
-  return model_directory.ModelParts(
+  return ModelParts(
     config={
-      'format': 1,
       'image_size': config.data.image_size,
-      'autoencoder': trained.fields,
+      'autoencoder': trained.config['autoencoder'],
       'latents': {name: cache.meta[name] for name in ('mean', 'std')},
       'denoiser': fields,
       'diffusion': {
@@ -197,7 +214,7 @@ def model_parts(config, trained, cache, fields, state) -> model_directory.ModelP
         'code_version': p2ldm.__version__,
       },
     },
-    autoencoder=trained.params,
+    autoencoder=trained.autoencoder,
     denoiser=jax.device_get(state.ema_params['denoiser']),
   )
 

@@ -23,9 +23,10 @@ class Task:
     init: key -> {network name: parameters}.
     optimizer: over all of these parameters.
     averaged: names of the networks that have a moving average.
-    step: (state, batch, key) -> (next state, {name: scalar}); pure, traced once.
+    frozen: pytree of arrays that steps and evaluations read and nothing trains (LPIPS, say), or None.
+    step: (state, batch, key, frozen) -> (next state, {name: scalar}); pure, traced once.
     train_batches: first step -> this process' rows of batch `first step`, the one after, ...
-    evaluate: state -> {name: number}, on validation faces.
+    evaluate: (state, frozen) -> {name: number}, on validation faces.
     draw: state -> {name: (H, W, 3) uint8 picture}.
   """
 
@@ -34,7 +35,8 @@ class Task:
   init: Callable[[jax.Array], dict]
   optimizer: optax.GradientTransformation
   averaged: tuple[str, ...]
-  step: Callable[[TrainState, Batch, jax.Array], tuple[TrainState, dict]]
+  frozen: Any
+  step: Callable[[TrainState, Batch, jax.Array, Any], tuple[TrainState, dict]]
   train_batches: Callable[[int], Iterator[Batch]]
-  evaluate: Callable[[TrainState], dict[str, float]]
+  evaluate: Callable[[TrainState, Any], dict[str, float]]
   draw: Callable[[TrainState], dict[str, np.ndarray]]

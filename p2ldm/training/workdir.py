@@ -1,11 +1,11 @@
 """The folder of one run, and the config it was begun with.
 
-    WORKDIR/
-      config.json      the config; a run goes on only with one that describes the same networks and data
-      autoencoder/     checkpoints, metrics, pictures, and autoencoder.safetensors when it is complete
-      latents/         the latent cache
-      diffusion/       checkpoints, metrics, pictures
-      model/           the model directory, rewritten whenever pictures are drawn
+WORKDIR/
+  config.json      the config; a run goes on only with one that describes the same networks and data
+  autoencoder/     checkpoints, metrics, pictures, and autoencoder.safetensors when it is complete
+  latents/         the latent cache
+  diffusion/       checkpoints, metrics, pictures
+  model/           the model directory, rewritten whenever pictures are drawn
 """
 
 import json
