@@ -19,6 +19,9 @@ def run(main, flags_parser=None):
   """
 
   def parse(argv):
+    if {'--help', '-help', '-h'} & set(argv[1:]):
+      print(describe_command(sys.modules['__main__'].__doc__))
+      sys.exit(0)
     try:
       rest = flags_parser(argv) if flags_parser else flags.FLAGS(argv)
     except (flags.Error, UserError, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
@@ -34,8 +37,25 @@ def run(main, flags_parser=None):
       main()
     except UserError as error:
       fail(error)
+    except KeyboardInterrupt:
+      print('interrupted', file=sys.stderr)
+      sys.exit(130)
 
-  app.run(guarded, flags_parser=parse if '--help' not in sys.argv else None)
+  app.run(guarded, flags_parser=parse)
+
+
+def describe_command(introduction: str | None) -> str:
+  """What --help prints: the command's docstring, then the flags it defines, in their order there."""
+  lines = [(introduction or '').strip(), '', 'Flags:']
+  for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0]):
+    default = '' if flag.default in (None, '') else f' (default: {flag.default})'
+    name = f'--[no]{flag.name}' if flag.boolean else f'--{flag.name}'
+    text = f'{flag.help}{default}'
+    lines += [
+      f'  {name}',
+      textwrap.fill(text, 100, initial_indent=' ' * 6, subsequent_indent=' ' * 6),
+    ]
+  return '\n'.join(lines)
 
 
 def fail(error: Exception):

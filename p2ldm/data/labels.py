@@ -85,11 +85,11 @@ class LabelSchema:
     palette[: self.num_classes] = self.colors
     return palette[mask]
 
-  def ids_from_colors(self, image: np.ndarray) -> np.ndarray:
+  def ids_from_colors(self, image: np.ndarray, name: str = 'The mask') -> np.ndarray:
     """Display colours (H, W, 3) uint8 as class ids (H, W) uint8; inverse of `colorize`.
 
     Raises:
-      UserError: a colour belongs to no class.
+      UserError: a colour belongs to no class; the message begins with `name`.
     """
     code = image.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
     ids = np.full(image.shape[:2], UNSPECIFIED, np.uint8)
@@ -101,8 +101,8 @@ class LabelSchema:
     if not known.all():
       y, x = np.argwhere(~known)[0]
       raise UserError(
-        f'The mask has the colour {tuple(int(c) for c in image[y, x])} at x={x}, y={y}, which is no '
-        f'class of this model. Its classes are {self.describe_classes()}; {UNSPECIFIED_COLOR} is '
+        f'{name} has the colour {tuple(int(c) for c in image[y, x])} at x={x}, y={y}, which is no '
+        f'class of the schema. Its classes are {self.describe_classes()}; {UNSPECIFIED_COLOR} is '
         '"unspecified". Save masks as PNG without anti-aliasing, or as a single channel of class ids.'
       )
     return ids
