@@ -4,9 +4,9 @@
 
 with, on the epsilon loss,
 
-    p2:      w(t) = 1 / (k + SNR(t))^gamma          arXiv 2204.00227, eq. 8 on its lambda_t, which
-                                                    is what L_simple (eq. 7) already has
-    min_snr: w(t) = min(SNR(t), gamma) / SNR(t)     arXiv 2303.09556, section 3.4
+    p2:      w(t) = 1 / (k + SNR(t))^gamma          arXiv 2204.00227: lambda'_t / lambda_t, where
+                                                    lambda_t alone gives L_simple
+    min_snr: w(t) = min(SNR(t), gamma) / SNR(t)     arXiv 2303.09556
     plain:   w(t) = 1
 
 A v prediction differs from epsilon's by mse(epsilon) = abar_t mse(v) at a given x_t, so p2 and

@@ -21,10 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from p2ldm.diffusion.schedule import Schedule, check_prediction, to_x0
+from p2ldm.diffusion.schedule import Schedule, check_prediction, spaced_timesteps, to_x0
 from p2ldm.errors import UserError
-
-SPACINGS = ('linspace', 'leading', 'trailing')
 
 
 def image_keys(seed: int, indices):
@@ -35,38 +33,6 @@ def image_keys(seed: int, indices):
 def initial_noise(keys, shape):
   """(B, *shape) float32 standard normal x_T, each row from its own key of `image_keys`."""
   return _normal(keys, 0, shape)
-
-
-def spaced_timesteps(num_timesteps: int, steps: int, spacing: str = 'linspace') -> np.ndarray:
-  """Which `steps` = S of the T timesteps are visited.
-
-  'linspace' (default): T - 1 down to 0, both included: starts where the latent is pure noise, for
-    any S, and its last step leaves no visible noise to average away. improved-diffusion's
-    `space_timesteps`; diffusers' DDIM and DDPM 'linspace'. (diffusers' DPM-Solver takes S + 1 such
-    points and leaves out the 0.)
-  'leading': 1 + (T // S) i. CompVis' DDIM 'uniform' where S divides T (elsewhere theirs takes more
-    than S steps); diffusers' DDIM and DDPM 'leading' with steps_offset=1. Never sees T - 1.
-  'trailing': T - 1 down to T / S - 1, evenly. diffusers' 'trailing', the same for all of its
-    schedulers (arXiv 2305.08891, table 2); its last step is as long as the others.
-
-  Returns:
-    (S,) int32, strictly decreasing, in [0, T).
-
-  Raises:
-    UserError: S not in 1..T, or an unknown spacing.
-  """
-  if not 1 <= steps <= num_timesteps:
-    raise UserError(f'Sampler: steps must be from 1 to {num_timesteps}, not {steps}.')
-  if spacing == 'trailing':
-    timesteps = np.round(np.arange(steps, 0, -1) * (num_timesteps / steps)) - 1
-  elif spacing == 'leading':
-    # Of all T timesteps, none can be shifted by 1.
-    timesteps = np.arange(steps)[::-1] * (num_timesteps // steps) + (steps < num_timesteps)
-  elif spacing == 'linspace':
-    timesteps = np.round(np.linspace(num_timesteps - 1, 0, steps))
-  else:
-    raise UserError(f'Sampler: unknown spacing {spacing!r}; choose from {", ".join(SPACINGS)}.')
-  return timesteps.astype(np.int32)
 
 
 class Coefficients(NamedTuple):
@@ -207,7 +173,7 @@ def sample(
   steps: int,
   eta: float = 0.0,
   prediction: str = 'epsilon',
-  spacing: str = 'linspace',
+  spacing: str = 'leading',
   clip_x0: float | None = None,
 ):
   """Latents (B, ...) float32 drawn by the sampler of that name; arguments as of `ddpm`.

@@ -1,7 +1,7 @@
 """The noise schedule, the forward process, and what the denoiser predicts.
 
     q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I)      arXiv 2006.11239, eq. 4
-    SNR(t)       = abar_t / (1 - abar_t)                    arXiv 2204.00227, eq. 4
+    SNR(t)       = abar_t / (1 - abar_t)                    arXiv 2107.00630, eq. 2
     epsilon      = (x_t - sqrt(abar_t) x_0) / sqrt(1 - abar_t)
     v            = sqrt(abar_t) epsilon - sqrt(1 - abar_t) x_0     arXiv 2202.00512, appendix D
 
@@ -17,6 +17,7 @@ import numpy as np
 from p2ldm.errors import UserError
 
 PREDICTIONS = ('epsilon', 'v')
+SPACINGS = ('leading', 'linspace', 'trailing')
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity, so a static argument of jit
@@ -112,6 +113,39 @@ def to_epsilon(schedule: Schedule, output, x, timesteps, prediction: str = 'epsi
     return output
   alpha, sigma = _alpha_sigma(schedule, timesteps, x.ndim)
   return alpha * output + sigma * x
+
+
+def spaced_timesteps(num_timesteps: int, steps: int, spacing: str = 'leading') -> np.ndarray:
+  """Which `steps` = S of the T timesteps a sampler visits, evenly spaced; all T of them at S = T.
+
+  'leading': 1 + floor(i T / S). Where S divides T this is CompVis' DDIM 'uniform', and diffusers' DDIM
+    and DDPM 'leading' with steps_offset=1; elsewhere theirs start short of T or take more steps. The
+    default: it has the smallest error of the three for DDIM and DPM-Solver++ from 4 to 50 steps on
+    Gaussians of scale 0.06 to 1, where all is known exactly. It needs a few steps, as its first is
+    at 1 + floor((S - 1) T / S).
+  'linspace': T - 1 down to 0, both included. improved-diffusion's `space_timesteps`; diffusers' DDIM
+    and DDPM 'linspace', but that their DDIM steps to t - T // S and not to the next timestep.
+  'trailing': T - 1 down to T / S - 1. diffusers' 'trailing', the same for all of its schedulers (arXiv
+    2305.08891, table 2).
+
+  Returns:
+    (S,) int32, strictly decreasing, in [0, T).
+
+  Raises:
+    UserError: S not in 1..T, or an unknown spacing.
+  """
+  if not 1 <= steps <= num_timesteps:
+    raise UserError(f'Sampler: steps must be from 1 to {num_timesteps}, not {steps}.')
+  if spacing == 'leading':
+    # Of all T timesteps, none can be shifted by 1.
+    timesteps = np.arange(steps)[::-1] * num_timesteps // steps + (steps < num_timesteps)
+  elif spacing == 'linspace':
+    timesteps = np.round(np.linspace(num_timesteps - 1, 0, steps))
+  elif spacing == 'trailing':
+    timesteps = np.round(np.arange(steps, 0, -1) * (num_timesteps / steps)) - 1
+  else:
+    raise UserError(f'Sampler: unknown spacing {spacing!r}; choose from {", ".join(SPACINGS)}.')
+  return timesteps.astype(np.int32)
 
 
 def check_prediction(prediction: str):
