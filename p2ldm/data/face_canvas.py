@@ -149,14 +149,16 @@ class Canvas:
     cover = Image.new('L', (right - left, bottom - top))
     ImageDraw.Draw(cover).polygon((corners - (left, top)).ravel().tolist(), fill=255)
     if inside is not None:
-      allowed = self._labels.crop(box).point([255 if i in inside else 0 for i in range(256)])
-      cover = ImageChops.darker(cover, allowed)
+      table = [0] * 256
+      for i in inside:
+        table[i] = 255
+      cover = ImageChops.darker(cover, self._labels.crop(box).point(table))
     if label is not None:
       self._labels.paste(label, box, cover)
     if isinstance(opacity, np.ndarray):
       cover = ImageChops.multiply(cover, self._spread(opacity * 255, box))
     elif opacity < 1.0:
-      cover = cover.point([round(i * opacity) for i in range(256)])
+      cover = cover.point((np.arange(256) * opacity).astype(int).tolist())
     self._image.paste(paint if solid else self._spread(paint, box), box, cover)
 
   def everywhere(self, paint, opacity=1.0):
@@ -192,7 +194,7 @@ class Scene:
     self.canvas = Canvas(size)
     self.traits = traits
     self.head = Pose(traits.center, traits.scale, traits.tilt, traits.turn, traits.nod)
-    self.body = Pose(traits.center, traits.scale, traits.tilt * 0.2)
+    self.body = Pose((traits.center[0], traits.center[1] - 0.012), traits.scale, traits.tilt * 0.2)
     self.x, self.y = self.head.grid()
     across, down = self.x / 0.27, self.y / 0.46
     self.light = 1.03 + 0.1 * (traits.light * across - down) - 0.13 * (across**2 + down**2) ** 2

@@ -9,13 +9,12 @@ SIDES = {1: 'l', -1: 'r'}  # the official l_ is the person's left, right in the 
 
 def outline(shape: str) -> np.ndarray:
   """Right half of the head's contour from the crown to the chin, (N, 2)."""
-  widths = {  # cheekbone, cheek, jaw, beside the chin; how low the chin is
-    'plain': (0.236, 0.222, 0.176, 0.09, 0.355),
-    'oval': (0.222, 0.2, 0.148, 0.068, 0.375),
-    'square': (0.238, 0.23, 0.205, 0.125, 0.352),
-    'chubby': (0.26, 0.262, 0.222, 0.12, 0.348),
+  cheekbone, cheek, jaw, chin, low = {
+    'plain': (0.238, 0.224, 0.178, 0.1, 0.356),
+    'oval': (0.222, 0.202, 0.15, 0.08, 0.372),
+    'square': (0.24, 0.232, 0.206, 0.132, 0.354),
+    'chubby': (0.262, 0.264, 0.224, 0.125, 0.35),
   }[shape]
-  cheekbone, cheek, jaw, chin, low = widths
   return np.array(
     [
       (0.0, -0.4),
@@ -25,7 +24,8 @@ def outline(shape: str) -> np.ndarray:
       (cheekbone, -0.02),
       (cheek, 0.12),
       (jaw, 0.24),
-      (chin, 0.325),
+      (chin, 0.323),
+      (chin * 0.5, low - 0.009),
       (0.0, low),
     ]
   )
@@ -58,8 +58,8 @@ def skin_field(scene: Scene) -> np.ndarray:
     blush = scene.spot(side * 0.15, 0.085, 0.062, 0.05)
     colors = mix(colors, rosy, blush * (0.55 if traits.rosy else 0.06))
     if traits.bags:
-      bag = scene.spot(side * 0.115, -0.008, 0.05, 0.015)
-      colors = mix(colors, np.array(traits.skin_rgb) * (0.5, 0.4, 0.45), 0.6 * bag)
+      bag = scene.spot(side * 0.115, -0.006, 0.05, 0.016)
+      colors = mix(colors, traits.skin_rgb * (0.6, 0.4, 0.46), 0.62 * bag)
   return colors
 
 
@@ -159,7 +159,7 @@ def draw_nose(scene: Scene):
     scene.fill(
       ribbon(crease, taper(len(crease), 0.009)), skin * (0.62, 0.48, 0.44), opacity=0.6, lift=0.012
     )
-    nostril = ellipse(side * wing * 0.42, tip - 0.002, wing * 0.24, 0.0085)
+    nostril = ellipse(side * wing * 0.42, tip - 0.002, wing * 0.22, 0.0068)
     scene.fill(nostril, skin * (0.36, 0.24, 0.22), opacity=0.85, lift=0.012)
   under = curve([(-wing * 0.6, tip), (0, low + 0.002), (wing * 0.6, tip)], closed=False)
   scene.fill(
@@ -213,9 +213,9 @@ def draw_eyes(scene: Scene):
     scene.fill(ribbon(lid_line, lash * np.linspace(0.5, 1, len(lid_line))), (36, 24, 22))
     if traits.makeup:
       wing = [
-        (x + side * (wide - 0.012), y - 0.006),
-        (x + side * (wide + 0.024), y - 0.026),
-        (x + side * wide, y + 0.004),
+        (x + side * 0.035, y - 0.01),
+        (x + side * 0.066, y - 0.017),
+        (x + side * wide, y + 0.003),
       ]
       scene.fill(wing, (30, 20, 22))
     crease = curve([(px, py - 0.015) for px, py in (inner, *top, outer)], closed=False)
@@ -228,7 +228,7 @@ def draw_brows(scene: Scene):
   """Eyebrows in a shade of the hair's colour."""
   traits = scene.traits
   thick = {'plain': 0.019, 'bushy': 0.038, 'arched': 0.015}[traits.brows]
-  rise = {'plain': 0.012, 'bushy': 0.01, 'arched': 0.036}[traits.brows]
+  rise = {'plain': 0.012, 'bushy': 0.01, 'arched': 0.032}[traits.brows]
   color = mix(
     traits.hair_rgb * 0.72, (64, 44, 34), 0.3 if traits.hair_color != 'Gray_Hair' else 0.1
   )
@@ -236,9 +236,9 @@ def draw_brows(scene: Scene):
     x, y = side * traits.eye_spacing, -0.118
     line = curve(
       [
-        (x - side * 0.06, y + 0.012),
-        (x - side * 0.015, y - rise * 0.6),
-        (x + side * 0.03, y - rise),
+        (x - side * 0.058, y + 0.005),
+        (x - side * 0.018, y - rise * 0.6),
+        (x + side * 0.022, y - rise),
       ]
       + [(x + side * 0.072, y + 0.008)],
       closed=False,
@@ -269,8 +269,13 @@ def draw_mouth(scene: Scene):
   cupid = 0.3 * np.exp(-((across / 0.16) ** 2))
   top = line - upper * (bow**0.6 - cupid)
   bottom = low + lower * bow**0.6
-  edge = lambda values: np.stack([across * wide, values], axis=1)
-  between = lambda first, second: np.concatenate([edge(first), edge(second)[::-1]])
+
+  def edge(values):
+    return np.stack([across * wide, values], axis=1)
+
+  def between(first, second):
+    return np.concatenate([edge(first), edge(second)[::-1]])
+
   if gap:
     scene.fill(between(line, low), (92, 22, 28), 'mouth')
     if traits.smiling:

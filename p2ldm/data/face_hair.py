@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from p2ldm.data.face_canvas import Scene, curve, mix, ribbon, taper
+from p2ldm.data.face_canvas import LABELS, Scene, curve, mix, ribbon, taper
 from p2ldm.data.face_drawing import outline
 
 
@@ -34,18 +34,23 @@ def draw_back_hair(scene: Scene):
   traits = scene.traits
   if traits.length not in ('bob', 'long'):
     return
-  y = np.linspace(-0.2, _end(traits), 24)
-  spread = 0.27 + traits.volume + 0.03 * np.clip(y / 0.3, 0, 1)
-  if traits.length == 'bob':
-    spread = spread - 0.06 * np.clip((y - 0.16) / 0.14, 0, 1) ** 2
+  y = np.linspace(-0.2, _end(traits), 32)
+  spread = outline(traits.shape)[4, 0] + 0.03 + traits.volume + 0.04 * np.clip(y / 0.3, 0, 1)
+  spread = spread * _rounding(traits, y)
   left = np.stack([-spread + _wave(traits, y), y], axis=1)
   right = np.stack([spread + _wave(traits, y), y], axis=1)[::-1]
   scene.fill(np.concatenate([left, right]), hair_field(scene) * 0.72, 'hair', depth=-0.08)
 
 
+def _rounding(traits, y):
+  """Factor of the hair's width near its lower end: a bob curls inwards."""
+  last = np.clip((y - (y[-1] - 0.1)) / 0.1, 0, 1)
+  return 1 - (0.3 if traits.length == 'bob' else 0.16) * last**2.5
+
+
 def _crown(traits) -> np.ndarray:
   """The hair's outer edge from one temple over the top to the other, (N, 2)."""
-  thick = 0.016 if traits.fringe == 'receding' else traits.volume + 0.012
+  thick = 0.016 if traits.fringe == 'receding' else traits.volume + 0.02
   angle = np.linspace(1.75, -1.75, 60)
   radius = 1.0
   if traits.texture == 'wavy' and traits.fringe != 'receding':
@@ -66,7 +71,7 @@ def _hairline(traits) -> np.ndarray:
   side = traits.part
   if traits.fringe == 'bangs':
     x = np.linspace(0.96 * edge, -0.96 * edge, 41)
-    y = -0.162 - 0.02 * (1 - (x / edge) ** 2) + 0.05 * (np.abs(x) / edge) ** 6
+    y = -0.182 - 0.02 * (1 - (x / edge) ** 2) + 0.05 * (np.abs(x) / edge) ** 6
     steps = np.abs(np.sin(x * 42 + 3 * traits.noise[3]))
     y = y + (0.012 if traits.texture == 'straight' else 0.026) * (steps - 0.6)
     return np.concatenate([[(edge, -0.04)], np.stack([x, y], axis=1), [(-edge, -0.04)]])
@@ -102,19 +107,11 @@ def draw_front_hair(scene: Scene):
     draw_locks(scene, field)
   if traits.hat != 'none':
     return
-  cap = np.concatenate(
-    [scene.head.place(_crown(traits), 0.0), scene.head.place(_hairline(traits)[::-1][::-1][::-1])]
-  )
-  _fill_hair(scene, cap, field)
+  cap = [scene.head.place(_crown(traits), 0.0), scene.head.place(_hairline(traits)[::-1])]
+  scene.canvas.fill(np.concatenate(cap), field, LABELS['hair'])
   if traits.sideburns:
     draw_sideburns(scene, field)
   draw_strands(scene)
-
-
-def _fill_hair(scene, picture_points, field):
-  from p2ldm.data.face_canvas import LABELS
-
-  scene.canvas.fill(picture_points, field, LABELS['hair'])
 
 
 def draw_sideburns(scene: Scene, field):
@@ -122,11 +119,11 @@ def draw_sideburns(scene: Scene, field):
   edge = outline(scene.traits.shape)[4, 0]
   for side in (-1, 1):
     strip = [
-      (side * (edge + 0.004), -0.12),
-      (side * (edge + 0.004), 0.06),
-      (side * (edge - 0.02), 0.105),
+      (side * (edge + 0.002), -0.13),
+      (side * (edge - 0.004), 0.03),
+      (side * (edge - 0.014), 0.075),
     ]
-    strip += [(side * (edge - 0.052), 0.08), (side * (edge - 0.04), -0.12)]
+    strip += [(side * (edge - 0.04), 0.07), (side * (edge - 0.034), -0.13)]
     scene.fill(strip, field * 0.92, 'hair', depth=0.03)
 
 
@@ -134,19 +131,25 @@ def draw_locks(scene: Scene, field):
   """Hair that falls over the ears on both sides of the face."""
   traits = scene.traits
   edge = outline(traits.shape)[4, 0]
-  end = _end(traits)
-  y = np.linspace(-0.27, end, 26)
-  down = np.clip((y + 0.27) / 0.3, 0, 1)
+  y = np.linspace(-0.27, _end(traits), 40)
+  down = np.clip((y + 0.1) / 0.25, 0, 1)
+  # Above the temples the outer edge follows the crown; further down it hangs free.
+  crown = np.sqrt(1 - np.clip((y + 0.1) / (0.305 + traits.volume), -0.99, 0) ** 2)
+  outer = (edge + traits.volume + 0.012) * crown + 0.035 * down**0.7
+  inner = (
+    (edge - 0.052) * np.minimum(1, crown + 0.12)
+    + 0.035 * down
+    + 0.03 * np.clip((y - 0.3) / 0.2, 0, 1)
+  )
+  middle, half = (inner + outer) / 2, (outer - inner) / 2
+  last = np.clip((y - (y[-1] - 0.07)) / 0.07, 0, 1)
+  half = half * np.sqrt(np.maximum(1 - last**2, 0.01))
+  if traits.length == 'bob':
+    middle = middle - 0.05 * np.clip((y - y[-1] + 0.14) / 0.14, 0, 1) ** 2
   for side in (-1, 1):
-    inner = (edge - 0.05) + 0.03 * down + 0.02 * np.clip((y - 0.15) / 0.2, -0.5, 1)
-    inner = inner + _wave(traits, y, 0.012) * side
-    outer = edge + traits.volume + 0.01 + 0.055 * down**0.6 + _wave(traits, y, 0.018) * side
-    if traits.length == 'bob':
-      outer = outer - 0.05 * np.clip((y - 0.16) / 0.14, 0, 1) ** 2
-      inner = inner - 0.03 * np.clip((y - 0.16) / 0.14, 0, 1) ** 2
-    else:
-      inner = inner + 0.03 * np.clip((y - 0.3) / 0.2, 0, 1)
-    lock = np.concatenate([np.stack([side * inner, y], 1), np.stack([side * outer, y], 1)[::-1]])
+    shift = _wave(traits, y, 0.017) * side
+    left, right = side * (middle - half + shift), side * (middle + half + shift)
+    lock = np.concatenate([np.stack([left, y], 1), np.stack([right, y], 1)[::-1]])
     scene.fill(lock, field * 0.93, 'hair', depth=0.02)
 
 
@@ -174,7 +177,11 @@ def draw_beard(scene: Scene):
   if traits.beard == 'none':
     return
   edge = outline(traits.shape)
-  jaw = 1 / (1 + np.exp(-(scene.y - (0.17 - 1.6 * np.abs(scene.x) ** 1.5 * 2.2)) / 0.012))
+  across = np.abs(scene.x)
+  start = np.interp(
+    across, [0, 0.05, 0.1, 0.15, 0.2, 0.24], [0.245, 0.232, 0.175, 0.135, 0.07, -0.05]
+  )
+  jaw = 1 / (1 + np.exp(-(scene.y - start) / 0.01))
   lip = scene.spot(0, 0.158, 0.085, 0.02)
   face = curve(np.concatenate([edge, edge[-2:0:-1] * (-1, 1)]))
   lower = ('skin',)

@@ -7,10 +7,10 @@ import numpy as np
 from p2ldm.data.labels import CELEBAMASK_HQ
 
 SKINS = {
-  'pale': (252, 230, 220),
-  'light': (240, 200, 172),
-  'tan': (222, 170, 130),
-  'olive': (196, 146, 106),
+  'pale': (246, 222, 212),
+  'light': (232, 188, 156),
+  'tan': (214, 160, 120),
+  'olive': (190, 140, 100),
   'brown': (148, 98, 68),
   'dark': (104, 68, 50),
 }
@@ -109,7 +109,10 @@ def _near(rng, color, spread):
 def sample_traits(seed: int, index: int) -> Traits:
   """The face of (seed, index), a pure function of the two."""
   rng = np.random.default_rng([seed, index])
-  chance = lambda p: bool(rng.random() < p)
+
+  def chance(p):
+    return bool(rng.random() < p)
+
   made_up = chance(0.5)  # lipstick and long hair often go together, and so do beards and short hair
   hat = _pick(rng, ('beanie', 'cap', 'brim')) if chance(0.15) else 'none'
   length = _pick(
@@ -133,7 +136,9 @@ def sample_traits(seed: int, index: int) -> Traits:
   covers_ears = length in ('bob', 'long') and earrings == 'none' and chance(0.65)
   skin = _pick(rng, tuple(SKINS), (0.16, 0.24, 0.2, 0.14, 0.14, 0.12))
   colors = (
-    (0.26, 0.26, 0.22, 0.18, 0.08) if skin in ('pale', 'light', 'tan') else (0.5, 0.2, 0.1, 0.2, 0)
+    (0.26, 0.26, 0.22, 0.18, 0.08)
+    if skin in ('pale', 'light', 'tan')
+    else (0.56, 0.24, 0.06, 0.14, 0)
   )
   hair_color = _pick(rng, tuple(HAIRS), colors)
   necktie = chance(0.24) and not made_up
@@ -158,8 +163,8 @@ def sample_traits(seed: int, index: int) -> Traits:
     iris_rgb=_pick(rng, IRISES if skin in ('pale', 'light', 'tan') else IRISES[:2]),
     backdrop=(_near(rng, backdrop, 0.25), _near(rng, backdrop, 0.25)),
     light=_pick(rng, (-1, 1)) * rng.uniform(0.4, 1.0),
-    center=(0.5 + rng.normal(0, 0.012), rng.uniform(0.485, 0.515)),
-    scale=rng.uniform(0.86, 0.96),
+    center=(0.5 + rng.normal(0, 0.012), rng.uniform(0.475, 0.5)),
+    scale=rng.uniform(0.93, 1.02),
     tilt=float(np.clip(rng.normal(0, 0.05), -0.12, 0.12)),
     turn=rng.uniform(-0.32, 0.32),
     nod=rng.uniform(-0.06, 0.06),

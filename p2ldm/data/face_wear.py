@@ -1,4 +1,4 @@
-"""Draws what a synthetic face wears: clothes, necklace, earrings, glasses, hat. Coordinates: see face_canvas."""
+"""Draws what a synthetic face wears, from necktie to hat. Coordinates: see face_canvas."""
 
 import numpy as np
 
@@ -109,7 +109,6 @@ def draw_glasses(scene: Scene):
     'wide': (0.09, 0.05, 2.8),
   }[traits.lens]
   edge = outline(traits.shape)[4, 0]
-  skin = [n for n in ('background', 'skin', 'nose', 'l_ear', 'r_ear', 'hair')]
   for side in SIDES:
     x, y = side * (traits.eye_spacing + 0.006), -0.05
     arm = [(x + side * rx * 0.9, y - 0.02), (side * (edge + 0.004), y - 0.012)]
@@ -167,25 +166,26 @@ def draw_hat(scene: Scene):
     scene.fill(ellipse(0, -0.46, 0.055, 0.05), bright, 'hat', depth=0.0)
     scene.fill(dome, field, 'hat', depth=0.0)
     x = np.linspace(-1, 1, 15)
-    low = np.stack([x * (edge + 0.012), -0.16 - 0.01 * (1 - x**2)], axis=1)
+    low = np.stack([x * (edge + 0.012), -0.175 - 0.012 * (1 - x**2)], axis=1)
     high = low[::-1] - (0, 0.085)
     scene.fill(np.concatenate([low, high]), field * 0.84, 'hat', depth=0.04)
     return
   if traits.hat == 'cap':
     scene.fill(
-      np.concatenate([dome, [(-edge, -0.16), (0, -0.19), (edge, -0.16)]]), field, 'hat', depth=0.0
+      np.concatenate([dome, [(-edge, -0.175), (0, -0.2), (edge, -0.175)]]), field, 'hat', depth=0.0
     )
     for x in (-0.1, 0.1):
       seam = curve([(0, -0.42), (x, -0.36), (x * 1.4, -0.22)], closed=False)
       scene.fill(ribbon(seam, 0.008), dark, opacity=0.6, depth=0.03)
-    scene.fill(ellipse(0, -0.3, 0.045, 0.045), bright, 'hat', depth=0.16)
+    scene.fill(ellipse(0, -0.425, 0.022, 0.014), dark, 'hat', depth=0.0)
     visor = curve(
-      [(-0.21, -0.205), (0, -0.245), (0.21, -0.205), (0.2, -0.16), (0, -0.145), (-0.2, -0.16)]
+      [(-0.235, -0.195), (-0.12, -0.25), (0, -0.262), (0.12, -0.25), (0.235, -0.195), (0.2, -0.165)]
+      + [(0.1, -0.172), (0, -0.178), (-0.1, -0.172), (-0.2, -0.165)]
     )
-    scene.fill(visor, color * 0.66, 'hat', depth=0.2)
+    scene.fill(visor, dark, 'hat', depth=0.16)
     return
   crown = np.stack([edge * 0.92 * np.sin(angle), -0.2 - 0.25 * np.cos(angle) ** 0.35], axis=1)
   scene.fill(crown, field, 'hat', depth=0.0)
   band = [(-edge * 0.92, -0.265), (edge * 0.92, -0.265), (edge * 0.92, -0.2), (-edge * 0.92, -0.2)]
   scene.fill(band, color * 0.45, 'hat', depth=0.02)
-  scene.fill(ellipse(0, -0.2, edge + 0.13, 0.05), field * 0.86, 'hat', depth=0.04)
+  scene.fill(ellipse(0, -0.215, edge + 0.13, 0.05), field * 0.86, 'hat', depth=0.04)
