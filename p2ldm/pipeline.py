@@ -1,0 +1,320 @@
+"""From a model directory to faces: `Pipeline.from_pretrained(DIR)` gives a callable.
+
+  attributes, mask -> condition (once per image and branch) -> sampler -> whitened latents
+  -> raw latents -> decoder -> images
+
+Everything that computes is jitted. Image i depends on (seed, i) and its own condition alone: not on how
+many images are drawn, nor on the batch they are drawn in (up to rounding, where XLA compiles another
+batch size differently).
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from p2ldm import conditions, pictures
+from p2ldm.data.labels import UNSPECIFIED, LabelSchema
+from p2ldm.data.latents import LatentStatistics
+from p2ldm.diffusion import guidance as cfg
+from p2ldm.diffusion import samplers
+from p2ldm.diffusion.schedule import check_prediction, make_schedule
+from p2ldm.errors import UserError
+from p2ldm.interop import model_directory
+from p2ldm.models.layers import resolve_dtype
+
+_BATCH_SIZE = 8  # images drawn at a time where none is given
+
+
+class Pipeline:
+  """A model that draws faces.
+
+  Attributes:
+    config: what the model's config.json holds.
+    schema: the LabelSchema: names of attributes and classes.
+    image_size: S, images are S x S pixels.
+    latent_shape: (h, w, C) of a latent.
+    schedule: the noise schedule, T = schedule.num_timesteps.
+    statistics: LatentStatistics, which whiten the latents.
+  """
+
+  def __init__(self, parts: model_directory.ModelParts, dtype: str = 'auto'):
+    """Takes a model in memory; `from_pretrained` reads one.
+
+    Args:
+      parts: config and parameters.
+      dtype: of the computation: 'float32', 'bfloat16', or 'auto' (bfloat16 on TPU and GPU).
+
+    Raises:
+      UserError: there is no denoiser; an unknown dtype, prediction or schedule.
+    """
+    config = self.config = parts.config
+    if parts.denoiser is None:
+      raise UserError(
+        'This model directory holds an autoencoder alone, which draws nothing. Train a diffusion model '
+        'on it: python -m p2ldm.main --config=configs/multi.py --config.autoencoder.pretrained=DIR'
+      )
+    self.schema = LabelSchema.from_dict(config['schema'])
+    self.image_size = config['image_size']
+    latents, diffusion = config['latents'], config['diffusion']
+    self.statistics = LatentStatistics(
+      np.array(latents['mean'], np.float32), np.array(latents['std'], np.float32)
+    )
+    self.schedule = make_schedule(
+      diffusion['num_timesteps'], diffusion['beta_start'], diffusion['beta_end']
+    )
+    check_prediction(diffusion['prediction'])
+    dtype = resolve_dtype(dtype)
+    self._autoencoder = parts.make_autoencoder(dtype)
+    self._denoiser = parts.make_denoiser(dtype)
+    self._params = jax.device_put({'autoencoder': parts.autoencoder, 'denoiser': parts.denoiser})
+    side = self.image_size // self._denoiser.latent_factor
+    self.latent_shape = (side, side, self._denoiser.latent_channels)
+    self._compiled: dict[tuple, Callable] = {}  # samplers, by everything that is static in them
+    self._tick = lambda: None  # called by running samplers, once a step
+    self._encode = jax.jit(self._encode_fn)
+    self._decode = jax.jit(self._decode_fn)
+    self._denoise = jax.jit(self._denoise_fn)
+
+  @classmethod
+  def from_pretrained(cls, directory, dtype: str = 'auto') -> 'Pipeline':
+    """Reads a model directory, or the one that a training workdir has.
+
+    Args:
+      directory: path of either.
+      dtype: as of the constructor.
+
+    Raises:
+      UserError: there is no model, or it is damaged; the message says what to do.
+    """
+    return cls(model_directory.load(directory), dtype)
+
+  def __call__(
+    self, attributes=None, mask=None, num_images: int | None = None, **options
+  ) -> list[Image.Image]:
+    """Draws faces: takes what `sample_latents` takes, and decodes.
+
+      pipeline('Smiling,-Eyeglasses', mask='mask.png', num_images=8, seed=1, steps=50,
+               guidance={'attributes': 3.0, 'mask': 1.5})
+
+    Returns:
+      N RGB images of S x S pixels.
+
+    Raises:
+      UserError: as `sample_latents`.
+    """
+    latents = self.sample_latents(attributes, mask, num_images, **options)
+    faces = []
+    for batch, count in _batches(np.arange(len(latents)), options.get('batch_size')):
+      faces += pictures.to_pil(self.decode(latents[batch])[:count])
+    return faces
+
+  def sample_latents(
+    self,
+    attributes=None,
+    mask=None,
+    num_images: int | None = None,
+    *,
+    seed: int = 0,
+    steps: int = 50,
+    guidance=None,
+    sampler: str = 'ddim',
+    eta: float = 0.0,
+    guidance_interval: tuple[int, int] | None = None,
+    batch_size: int | None = None,
+    progress: bool = False,
+  ) -> np.ndarray:
+    """Draws whitened latents (N, h, w, C) float32; what is not asked for is unspecified.
+
+    Args:
+      attributes: {'Smiling': 1, 'Eyeglasses': -1}, 'Smiling,-Eyeglasses', or -1, 0, 1 as (A,), or as
+        (N, A) with one row per image.
+      mask: path of a PNG or a PIL image, of class ids or of the schema's colours; class ids (H, W), or
+        (N, H, W) with one mask per image. 255 is unspecified. Resized to the model's S x S.
+      num_images: N; by default the number of rows given, else 4.
+      seed: 0 to 2**32 - 1. Image i is a function of (seed, i).
+      steps: network evaluations per image, 1 to T.
+      guidance: {'attributes': 3.0, 'mask': 1.5} by default; one number means both, a missing key its
+        default. 1 is no guidance, more follows the condition more closely.
+      sampler: 'ddpm', 'ddim' or 'dpmpp_2m'.
+      eta: noise of DDIM, 0 (none) to 1 (as DDPM).
+      guidance_interval: (low, high) timesteps, both included, outside which guidance is off.
+      batch_size: images drawn at a time, 8 by default; more takes more memory.
+      progress: shows a progress bar.
+
+    Raises:
+      UserError: any of these is out of range, or a condition that this model does not take.
+    """
+    if num_images is not None and num_images < 1:
+      raise UserError(f'num_images must be at least 1, not {num_images}.')
+    if batch_size is not None and batch_size < 1:
+      raise UserError(f'batch_size must be at least 1, not {batch_size}.')
+    if not 0 <= seed < 2**32:
+      raise UserError(f'seed must be from 0 to {2**32 - 1}, not {seed}.')
+    attributes, mask = self.read_conditions(attributes, mask, num_images)
+    scales = conditions.read_guidance(guidance)
+    branches = cfg.guidance_branches(
+      scales['attributes'],
+      scales['mask'],
+      bool(attributes.any()),
+      bool((mask != UNSPECIFIED).any()),
+    )
+    options = {'sampler': sampler, 'steps': steps, 'eta': eta}
+    interval = None if guidance_interval is None else tuple(map(int, guidance_interval))
+    run = self._sampler(branches, interval, options, progress)
+    weights = np.array([branch.weight for branch in branches], np.float32)
+    latents = []
+    batches = list(_batches(np.arange(len(mask)), batch_size))
+    with tqdm(
+      total=steps * len(batches), unit='step', disable=not progress, desc='sampling'
+    ) as bar:
+      self._tick = bar.update
+      for batch, count in batches:
+        keys = samplers.image_keys(seed, batch)
+        latents.append(
+          np.asarray(run(self._params, weights, keys, attributes[batch], mask[batch]))[:count]
+        )
+      jax.effects_barrier()
+    return np.concatenate(latents)
+
+  def encode(self, images) -> jax.Array:
+    """Images to whitened latents, taken before quantisation.
+
+    Args:
+      images: (B, S, S, 3) float in [-1, 1].
+
+    Returns:
+      (B, h, w, C) float32, (raw - mean) / std.
+
+    Raises:
+      UserError: another shape or an integer dtype.
+    """
+    images = jnp.asarray(images)
+    wanted = (self.image_size, self.image_size, 3)
+    if images.ndim != 4 or images.shape[1:] != wanted:
+      raise UserError(f'Images must be (batch, {str(wanted)[1:]}, not {images.shape}.')
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+      raise UserError(f'Images must be float in [-1, 1], not {images.dtype}: x / 127.5 - 1.')
+    return self._encode(self._params, images)
+
+  def decode(self, latents) -> jax.Array:
+    """Whitened latents (B, h, w, C) to images (B, S, S, 3) float32 in [-1, 1].
+
+    Raises:
+      UserError: another shape.
+    """
+    return self._decode(self._params, self._check_latents(latents))
+
+  def denoise(self, latents, timesteps, attributes=None, mask=None) -> jax.Array:
+    """One evaluation of the network, without guidance.
+
+    Args:
+      latents: (B, h, w, C) float, noisy and whitened.
+      timesteps: (B,) or () integers in [0, T).
+      attributes, mask: as of `sample_latents`; of one row or B.
+
+    Returns:
+      (B, h, w, C) float32: the noise, or v if config["diffusion"]["prediction"] is 'v'.
+
+    Raises:
+      UserError: another shape, a timestep out of range, or a condition that the model does not take.
+    """
+    latents = self._check_latents(latents)
+    attributes, mask = self.read_conditions(attributes, mask, len(latents))
+    timesteps = np.asarray(timesteps)
+    if timesteps.shape not in ((), (len(latents),)):
+      raise UserError(f'Timesteps must be ({len(latents)},) or one, not {timesteps.shape}.')
+    if not ((timesteps >= 0) & (timesteps < self.schedule.num_timesteps)).all():
+      raise UserError(f'Timesteps run from 0 to {self.schedule.num_timesteps - 1}.')
+    timesteps = np.broadcast_to(timesteps, len(latents)).astype(np.int32)
+    return self._denoise(self._params, latents, timesteps, attributes, mask)
+
+  def read_conditions(
+    self, attributes=None, mask=None, num_images: int | None = None
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Conditions in any form that `sample_latents` takes, as arrays with a row per image.
+
+    Returns:
+      attributes (N, A) int8 in {-1, 0, 1} and mask (N, S, S) uint8 class ids, 255 unspecified.
+
+    Raises:
+      UserError: they cannot be read, do not fit num_images, or this model does not take them.
+    """
+    attributes = conditions.read_attributes(attributes, self.schema)
+    mask = conditions.read_mask(mask, self.schema, self.image_size)
+    for name, given in (('attributes', attributes.any()), ('mask', (mask != UNSPECIFIED).any())):
+      if given and self.config['denoiser'][name] == 'none':
+        raise UserError(
+          f'This model was trained without {name}: leave {name} out, or take another.'
+        )
+    rows = max(len(attributes), len(mask))
+    count = num_images or (rows if rows > 1 else 4)
+    for name, array in (('attributes', attributes), ('mask', mask)):
+      if len(array) not in (1, count):
+        raise UserError(f'{name} has {len(array)} rows, but {count} images are asked for.')
+    return tuple(np.broadcast_to(array, (count, *array.shape[1:])) for array in (attributes, mask))
+
+  def _check_latents(self, latents) -> jax.Array:
+    latents = jnp.asarray(latents, jnp.float32)
+    if latents.ndim != 4 or latents.shape[1:] != self.latent_shape:
+      raise UserError(f'Latents must be (batch, {str(self.latent_shape)[1:]}, not {latents.shape}.')
+    return latents
+
+  def _encode_fn(self, params, images):
+    variables = {'params': params['autoencoder']}
+    return self.statistics.whiten(self._autoencoder.apply(variables, images, method='encode'))
+
+  def _decode_fn(self, params, latents):
+    variables = {'params': params['autoencoder']}
+    raw = self.statistics.unwhiten(latents)
+    return jnp.clip(self._autoencoder.apply(variables, raw, method='decode'), -1.0, 1.0)
+
+  def _denoise_fn(self, params, latents, timesteps, attributes, mask):
+    return self._denoiser.apply(
+      {'params': params['denoiser']}, latents, timesteps, attributes, mask
+    )
+
+  def _sampler(self, branches, interval, options: dict, progress: bool) -> Callable:
+    """The jitted sampler with these static options, compiled once for each batch size."""
+    seen = tuple((branch.attributes, branch.mask) for branch in branches)
+    key = (seen, interval, tuple(options.items()), progress)
+    if key not in self._compiled:
+
+      def run(params, weights, keys, attributes, mask):
+        variables = {'params': params['denoiser']}
+
+        def predict(latents, timesteps, condition):
+          return self._denoiser.apply(variables, latents, timesteps, condition, method='denoise')
+
+        condition = self._denoiser.apply(
+          variables, *cfg.branch_conditions(branches, attributes, mask), method='condition'
+        )
+        denoise = cfg.guided(predict, condition, weights, interval)
+
+        def counted(x, timesteps):
+          if progress:
+            jax.debug.callback(lambda: self._tick())
+          return denoise(x, timesteps)
+
+        return samplers.sample(
+          counted,
+          samplers.initial_noise(keys, self.latent_shape),
+          keys,
+          self.schedule,
+          prediction=self.config['diffusion']['prediction'],
+          **options,
+        )
+
+      self._compiled[key] = jax.jit(run)
+    return self._compiled[key]
+
+
+def _batches(rows: np.ndarray, batch_size: int | None):
+  """Yields (indices of one batch, how many of them count); the last batch is filled up."""
+  size = min(batch_size or _BATCH_SIZE, len(rows))
+  for start in range(0, len(rows), size):
+    batch = rows[start : start + size]
+    yield np.pad(batch, (0, size - len(batch)), mode='edge'), len(batch)
