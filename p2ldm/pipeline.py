@@ -166,17 +166,19 @@ class Pipeline:
     interval = None if guidance_interval is None else tuple(map(int, guidance_interval))
     run = self._sampler(branches, interval, options, progress)
     weights = np.array([branch.weight for branch in branches], np.float32)
+    calls = [
+      (
+        (self._params, weights, samplers.image_keys(seed, rows), attributes[rows], mask[rows]),
+        count,
+      )
+      for rows, count in _batches(np.arange(len(mask)), batch_size)
+    ]
+    run.eval_shape(*calls[0][0])  # bad options are reported before the bar appears
     latents = []
-    batches = list(_batches(np.arange(len(mask)), batch_size))
-    with tqdm(
-      total=steps * len(batches), unit='step', disable=not progress, desc='sampling'
-    ) as bar:
+    with tqdm(total=steps * len(calls), unit='step', desc='sampling', disable=not progress) as bar:
       self._tick = bar.update
-      for batch, count in batches:
-        keys = samplers.image_keys(seed, batch)
-        latents.append(
-          np.asarray(run(self._params, weights, keys, attributes[batch], mask[batch]))[:count]
-        )
+      for arguments, count in calls:
+        latents.append(np.asarray(run(*arguments))[:count])
       jax.effects_barrier()
     return np.concatenate(latents)
 

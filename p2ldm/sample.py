@@ -1,0 +1,215 @@
+"""Draws faces with a trained model, from attributes, a mask, both or neither.
+
+  python -m p2ldm.sample --model=runs/multi_tiny --attributes=Smiling,-Eyeglasses --num_images=8
+
+--model is a model directory or the workdir of a training run. Attributes that you do not name are left
+to the model, and so is every pixel of the mask that is unspecified (255, or grey): three attributes of
+forty, or a mask that only says where the hair is, are fine. The folder --out (samples/ by default)
+receives 000.png, 001.png, ... and grid.png, which shows the request beside the faces; it appears when
+everything in it is complete. To see what a model knows:
+
+  python -m p2ldm.sample --model=runs/multi_tiny --list
+"""
+
+import math
+import pathlib
+import re
+import shutil
+import tempfile
+
+from absl import flags
+
+from p2ldm import errors
+from p2ldm.data.labels import UNSPECIFIED, UNSPECIFIED_COLOR, LabelSchema
+from p2ldm.errors import UserError
+
+_GRID_FACES = 64  # in grid.png, at most
+_OURS = re.compile(r'\d{3,}\.png|grid\.png')
+
+
+def draw(model, out, attributes=None, mask=None, num_images=8, overwrite=False, **options):
+  """Draws faces into a folder.
+
+  Args:
+    model: model directory or workdir.
+    out: folder to write, whole or not at all.
+    attributes, mask: in any form that `Pipeline.sample_latents` takes, of one row.
+    num_images: how many faces.
+    overwrite: replaces the pictures that an earlier call left in `out`; other files there stay.
+    **options: of `Pipeline.sample_latents`.
+
+  Raises:
+    UserError: bad input, or `out` holds something; nothing is left behind.
+  """
+  from p2ldm.pipeline import Pipeline  # imports JAX, which --help and a bad flag need not wait for
+
+  out = pathlib.Path(out).expanduser()
+  _check_out(out, overwrite)
+  pipeline = Pipeline.from_pretrained(pathlib.Path(model).expanduser())
+  attributes, mask = pipeline.read_conditions(attributes, mask, num_images)
+  faces = pipeline(attributes, mask, num_images, **options)
+  try:
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    work = pathlib.Path(tempfile.mkdtemp(prefix=f'.{out.name}.', dir=out.absolute().parent))
+    try:
+      for i, face in enumerate(faces):
+        face.save(work / f'{i:03d}.png')
+      _grid(pipeline, faces, attributes, mask).save(work / 'grid.png')
+      _publish(work, out)
+    finally:
+      shutil.rmtree(work, ignore_errors=True)
+  except OSError as error:
+    raise UserError(f'Cannot write {out}: {error.strerror or error}.') from error
+
+
+def describe(model) -> str:
+  """What a model knows, in lines: its size, attributes, classes with ids and colours.
+
+  Raises:
+    UserError: there is no model.
+  """
+  from p2ldm.interop import model_config, model_directory
+
+  config = model_config.read(model_directory.find(pathlib.Path(model).expanduser()) / 'config.json')
+  if config['denoiser'] is None:
+    raise UserError(f'{model} holds an autoencoder alone, which draws nothing.')
+  schema = LabelSchema.from_dict(config['schema'])
+  size, steps = config['image_size'], config['diffusion']['num_timesteps']
+  lines = [f'{model}: faces of {size} x {size} pixels, 1 to {steps} steps', '']
+  if config['denoiser']['attributes'] == 'none':
+    lines.append('Attributes: this model takes none.')
+  else:
+    lines.append('Attributes (--attributes=Name is present, -Name is absent):')
+    lines += [f'  {name}' for name in schema.attributes]
+  lines.append('')
+  if config['denoiser']['mask'] == 'none':
+    lines.append('Mask: this model takes none.')
+  else:
+    lines.append('Classes (--mask is a square PNG of these ids, or of these colours):')
+    rows = [*enumerate(zip(schema.classes, schema.colors, strict=True))]
+    rows.append((UNSPECIFIED, ('(unspecified)', UNSPECIFIED_COLOR)))
+    lines += [f'  {i:3d}  {name:16s} rgb{tuple(color)}' for i, (name, color) in rows]
+  return '\n'.join(lines)
+
+
+def _check_out(out: pathlib.Path, overwrite: bool):
+  if out.exists() and not out.is_dir():
+    raise UserError(f'--out={out} is a file; give a folder.')
+  if out.exists() and any(out.iterdir()) and not overwrite:
+    raise UserError(
+      f'--out={out} is not empty. Choose another folder, or pass --overwrite to replace the pictures '
+      'in it.'
+    )
+
+
+def _grid(pipeline, faces, attributes, mask):
+  """The request and the first faces drawn from it."""
+  import numpy as np
+
+  from p2ldm.pictures import condition_grid
+
+  shown = np.stack([np.asarray(face) for face in faces[:_GRID_FACES]])
+  title = 'Samples' if len(shown) == len(faces) else f'Samples ({len(shown)} of {len(faces)})'
+  takes = pipeline.config['denoiser']
+  return condition_grid(
+    shown[None],
+    pipeline.schema,
+    attributes=attributes[:1] if takes['attributes'] != 'none' else None,
+    masks=mask[:1] if takes['mask'] != 'none' else None,
+    columns=max(4, math.ceil(math.sqrt(len(shown)))),
+    titles=('Attributes', 'Mask', 'Real face', title),
+  )
+
+
+def _publish(work: pathlib.Path, out: pathlib.Path):
+  """Gives the finished folder its name, or moves its pictures into the one that is there."""
+  if not out.exists():
+    work.chmod(0o755)  # mkdtemp made it private
+    work.rename(out)
+    return
+  for path in out.iterdir():
+    if _OURS.fullmatch(path.name):
+      path.unlink()
+  for path in work.iterdir():
+    path.rename(out / path.name)
+
+
+def define_flags():
+  """Defines this command's flags."""
+  flags.DEFINE_string('model', None, 'Model directory, or the workdir of a training run.')
+  flags.DEFINE_string(
+    'attributes', '', 'What the faces have, and with a - what they have not: Smiling,-Eyeglasses.'
+  )
+  flags.DEFINE_string(
+    'mask', None, "Square PNG of class ids or of the classes' colours; 255 or grey is unspecified."
+  )
+  flags.DEFINE_integer('num_images', 8, 'How many faces to draw.')
+  flags.DEFINE_integer(
+    'seed', 0, 'Face i depends on the seed and on i; the same seed, the same faces.'
+  )
+  flags.DEFINE_integer(
+    'steps', 50, 'Evaluations of the network per face; more is slower and finer.'
+  )
+  flags.DEFINE_string('sampler', 'ddim', 'ddim, dpmpp_2m (good from 20 steps on) or ddpm (slow).')
+  flags.DEFINE_float('eta', 0.0, 'Noise that ddim adds, 0 to 1.')
+  flags.DEFINE_float(
+    'attributes_scale', 3.0, 'Guidance: how closely to follow the attributes; 1 is no guidance.'
+  )
+  flags.DEFINE_float('mask_scale', 1.5, 'Guidance: how closely to follow the mask.')
+  flags.DEFINE_list(
+    'guidance_interval', None, 'Timesteps LOW,HIGH outside which guidance is off, e.g. 100,800.'
+  )
+  flags.DEFINE_integer(
+    'batch_size', None, 'Faces drawn at a time (default: 8); less takes less memory.'
+  )
+  flags.DEFINE_string('out', 'samples', 'Folder to write.')
+  flags.DEFINE_boolean('overwrite', False, 'Replace the pictures in --out.')
+  flags.DEFINE_boolean('list', False, "Print the model's attributes and classes, and draw nothing.")
+
+
+def main():
+  """Runs the command."""
+  values = flags.FLAGS
+  if not values.model:
+    raise UserError(
+      '--model is missing. Example: python -m p2ldm.sample --model=runs/multi_tiny '
+      '--attributes=Smiling. To get a model, train one: python -m p2ldm.main '
+      '--config=configs/multi.py:tiny'
+    )
+  if values.list:
+    print(describe(values.model))
+    return
+  draw(
+    values.model,
+    values.out,
+    values.attributes,
+    pathlib.Path(values.mask).expanduser() if values.mask else None,
+    values.num_images,
+    values.overwrite,
+    seed=values.seed,
+    steps=values.steps,
+    guidance={'attributes': values.attributes_scale, 'mask': values.mask_scale},
+    sampler=values.sampler,
+    eta=values.eta,
+    guidance_interval=_interval(values.guidance_interval),
+    batch_size=values.batch_size,
+    progress=True,
+  )
+  print(f'{values.num_images} faces in {values.out}; {values.out}/grid.png shows them all.')
+
+
+def _interval(texts: list[str] | None) -> tuple[int, int] | None:
+  if texts is None:
+    return None
+  try:
+    low, high = map(int, texts)
+  except ValueError as error:
+    raise UserError(
+      f'--guidance_interval={",".join(texts)}: two timesteps, LOW,HIGH, as in 100,800.'
+    ) from error
+  return low, high
+
+
+if __name__ == '__main__':
+  define_flags()
+  errors.run(main)
