@@ -115,7 +115,7 @@ class Canvas:
   """A picture of size x size pixels and its labels, both drawn larger."""
 
   def __init__(self, size: int):
-    self._factor = 4 if size <= 128 else 2
+    self._factor = 4 if size <= 64 else 3 if size <= 128 else 2
     self.side = size * self._factor
     self._image = Image.new('RGB', (self.side, self.side))
     self._labels = Image.new('L', (self.side, self.side))
@@ -134,7 +134,7 @@ class Canvas:
     corners = np.asarray(points) * self.side
     solid = np.ndim(paint) == 1
     if solid:
-      paint = tuple(int(np.clip(c, 0, 255)) for c in paint)
+      paint = tuple(np.clip(paint, 0, 255).astype(int).tolist())
       if inside is None and isinstance(opacity, float) and opacity == 1.0:
         flat = corners.ravel().tolist()
         self._draw[0].polygon(flat, fill=paint)
@@ -194,7 +194,7 @@ class Scene:
     self.canvas = Canvas(size)
     self.traits = traits
     self.head = Pose(traits.center, traits.scale, traits.tilt, traits.turn, traits.nod)
-    self.body = Pose((traits.center[0], traits.center[1] - 0.012), traits.scale, traits.tilt * 0.2)
+    self.body = Pose((traits.center[0], traits.center[1] - 0.025), traits.scale, traits.tilt * 0.2)
     self.x, self.y = self.head.grid()
     across, down = self.x / 0.27, self.y / 0.46
     self.light = 1.03 + 0.1 * (traits.light * across - down) - 0.13 * (across**2 + down**2) ** 2

@@ -34,12 +34,18 @@ def draw_back_hair(scene: Scene):
   traits = scene.traits
   if traits.length not in ('bob', 'long'):
     return
-  y = np.linspace(-0.2, _end(traits), 32)
-  spread = outline(traits.shape)[4, 0] + 0.03 + traits.volume + 0.04 * np.clip(y / 0.3, 0, 1)
-  spread = spread * _rounding(traits, y)
+  y = np.linspace(-0.27, _end(traits), 36)
+  spread = _silhouette(traits, y) * _rounding(traits, y)
   left = np.stack([-spread + _wave(traits, y), y], axis=1)
   right = np.stack([spread + _wave(traits, y), y], axis=1)[::-1]
   scene.fill(np.concatenate([left, right]), hair_field(scene) * 0.72, 'hair', depth=-0.08)
+
+
+def _silhouette(traits, y):
+  """Half the width of long hair at y: around the crown down to the temples, then hanging free."""
+  crown = np.sqrt(1 - np.clip((y + 0.1) / (0.305 + traits.volume), -0.99, 0) ** 2)
+  edge = outline(traits.shape)[4, 0]
+  return (edge + traits.volume + 0.016) * crown + 0.04 * np.clip((y + 0.1) / 0.25, 0, 1) ** 0.7
 
 
 def _rounding(traits, y):
@@ -54,7 +60,8 @@ def _crown(traits) -> np.ndarray:
   angle = np.linspace(1.75, -1.75, 60)
   radius = 1.0
   if traits.texture == 'wavy' and traits.fringe != 'receding':
-    radius = 1 + 0.05 * np.abs(np.sin(angle * 5 + 3 * traits.noise[2]))
+    bumps = np.abs(np.sin(angle * 5 + 3 * traits.noise[2]))
+    radius = 1 + 0.05 * bumps * np.clip((1.6 - np.abs(angle)) / 0.5, 0, 1)
   edge = outline(traits.shape)[4, 0] + 0.006
   return np.stack(
     [
@@ -118,13 +125,10 @@ def draw_sideburns(scene: Scene, field):
   """Strips of hair in front of the ears."""
   edge = outline(scene.traits.shape)[4, 0]
   for side in (-1, 1):
-    strip = [
-      (side * (edge + 0.002), -0.13),
-      (side * (edge - 0.004), 0.03),
-      (side * (edge - 0.014), 0.075),
-    ]
-    strip += [(side * (edge - 0.04), 0.07), (side * (edge - 0.034), -0.13)]
-    scene.fill(strip, field * 0.92, 'hair', depth=0.03)
+    outer = scene.head.place([(side * (edge + 0.02), -0.16), (side * (edge + 0.02), 0.07)], 0.0)
+    inner = scene.head.place([(side * (edge - 0.036), 0.085), (side * (edge - 0.03), -0.16)])
+    strip = np.concatenate([outer, inner])
+    scene.canvas.fill(strip, field, LABELS['hair'], inside=[LABELS['skin']])
 
 
 def draw_locks(scene: Scene, field):
@@ -133,13 +137,9 @@ def draw_locks(scene: Scene, field):
   edge = outline(traits.shape)[4, 0]
   y = np.linspace(-0.27, _end(traits), 40)
   down = np.clip((y + 0.1) / 0.25, 0, 1)
-  # Above the temples the outer edge follows the crown; further down it hangs free.
-  crown = np.sqrt(1 - np.clip((y + 0.1) / (0.305 + traits.volume), -0.99, 0) ** 2)
-  outer = (edge + traits.volume + 0.012) * crown + 0.035 * down**0.7
+  outer = _silhouette(traits, y)
   inner = (
-    (edge - 0.052) * np.minimum(1, crown + 0.12)
-    + 0.035 * down
-    + 0.03 * np.clip((y - 0.3) / 0.2, 0, 1)
+    np.minimum(edge - 0.052, outer - 0.03) + 0.03 * down + 0.03 * np.clip((y - 0.3) / 0.2, 0, 1)
   )
   middle, half = (inner + outer) / 2, (outer - inner) / 2
   last = np.clip((y - (y[-1] - 0.07)) / 0.07, 0, 1)
@@ -148,9 +148,10 @@ def draw_locks(scene: Scene, field):
     middle = middle - 0.05 * np.clip((y - y[-1] + 0.14) / 0.14, 0, 1) ** 2
   for side in (-1, 1):
     shift = _wave(traits, y, 0.017) * side
-    left, right = side * (middle - half + shift), side * (middle + half + shift)
-    lock = np.concatenate([np.stack([left, y], 1), np.stack([right, y], 1)[::-1]])
-    scene.fill(lock, field * 0.93, 'hair', depth=0.02)
+    # The inner edge lies on the face and turns with it, so that it never covers an eye.
+    inner = scene.head.place(np.stack([side * (middle - half + shift), y], 1), lift=0.01)
+    outer = scene.head.place(np.stack([side * (middle + half + shift), y], 1), 0.0)
+    scene.canvas.fill(np.concatenate([inner, outer[::-1]]), field * 0.93, LABELS['hair'])
 
 
 def draw_strands(scene: Scene):

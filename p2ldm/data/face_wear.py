@@ -2,11 +2,13 @@
 
 import numpy as np
 
-from p2ldm.data.face_canvas import Scene, curve, ellipse, mix, ribbon
+from p2ldm.data.face_canvas import LABELS, Scene, curve, ellipse, mix, ribbon
 from p2ldm.data.face_drawing import SIDES, outline
 
 METAL = (226, 180, 70)
 SILVER = (206, 208, 216)
+# What clear lenses give their label; eyes and brows keep their own, as in CelebAMask-HQ.
+BEHIND_LENSES = ('background', 'skin', 'nose', 'eye_g', 'l_ear', 'r_ear', 'hair')
 
 
 def draw_clothes(scene: Scene):
@@ -42,16 +44,15 @@ def draw_clothes(scene: Scene):
         [(-0.05, 0.445), (0.05, 0.445), (0.034, 0.5), (-0.034, 0.5)], tie * 0.8, 'cloth'
       )
       scene.fill_body([(-0.034, 0.5), (0.034, 0.5), (0.07, 0.75), (-0.07, 0.75)], tie, 'cloth')
-      for i in range(3):
+      for y in (0.515, 0.57, 0.625):
+        half = 0.03 + 0.144 * (y - 0.5)
         stripe = [
-          (-0.08, 0.54 + 0.07 * i),
-          (0.08, 0.49 + 0.07 * i),
-          (0.08, 0.512 + 0.07 * i),
-          (-0.08, 0.562 + 0.07 * i),
+          (-half, y + 0.02),
+          (half, y - 0.01),
+          (half + 0.003, y + 0.012),
+          (-half - 0.003, y + 0.042),
         ]
-        inside = np.abs(np.array(stripe)[:, 0]) <= 0.08
-        clip = np.array(stripe)[inside] * (0.48, 1)
-        scene.fill_body(clip, mix(tie, (255, 255, 255), 0.45), 'cloth')
+        scene.fill_body(stripe, mix(tie, (255, 255, 255), 0.45))
     for side in SIDES:
       flap = [(side * 0.155, 0.375), (side * 0.02, 0.462), (side * 0.1, 0.53), (side * 0.19, 0.415)]
       scene.fill_body(flap, bright, 'cloth')
@@ -111,15 +112,10 @@ def draw_glasses(scene: Scene):
   edge = outline(traits.shape)[4, 0]
   for side in SIDES:
     x, y = side * (traits.eye_spacing + 0.006), -0.05
-    arm = [(x + side * rx * 0.9, y - 0.02), (side * (edge + 0.004), y - 0.012)]
-    scene.canvas.fill(
-      ribbon(
-        np.concatenate([scene.head.place(arm[:1], lift=0.02), scene.head.place(arm[1:], 0.0)]),
-        0.015 * traits.scale,
-      ),
-      traits.frame_rgb,
-      3,
-    )
+    hinge = scene.head.place([(x + side * rx * 0.9, y - 0.02)], lift=0.02)
+    ear = scene.head.place([(side * (edge + 0.004), y - 0.012)], 0.0)
+    arm = ribbon(np.concatenate([hinge, ear]), 0.015 * traits.scale)
+    scene.canvas.fill(arm, traits.frame_rgb, LABELS['eye_g'])
     lens = ellipse(x, y, rx, ry, power)
     if dark:
       tint = mix((30, 28, 34), (96, 84, 84), np.clip((scene.y + 0.1) / 0.1, 0, 1))
@@ -132,9 +128,7 @@ def draw_glasses(scene: Scene):
       ]
       scene.fill(glare, (255, 255, 255), opacity=0.2, lift=0.02)
     else:
-      scene.canvas.fill(
-        scene.head.place(lens, lift=0.02), (226, 238, 246), 3, 0.16, [0, 1, 2, 3, 8, 9, 13]
-      )
+      scene.fill(lens, (226, 238, 246), 'eye_g', 0.16, BEHIND_LENSES, lift=0.02)
       glare = [
         (x - 0.045, y - 0.05),
         (x - 0.018, y - 0.05),
@@ -163,7 +157,7 @@ def draw_hat(scene: Scene):
   tall = {'beanie': 0.25, 'cap': 0.225, 'brim': 0.2}[traits.hat]
   dome = np.stack([edge * np.sin(angle), -0.2 - tall * np.cos(angle) ** 0.8], axis=1)
   if traits.hat == 'beanie':
-    scene.fill(ellipse(0, -0.46, 0.055, 0.05), bright, 'hat', depth=0.0)
+    scene.fill(ellipse(0, -0.445, 0.05, 0.045), bright, 'hat', depth=0.0)
     scene.fill(dome, field, 'hat', depth=0.0)
     x = np.linspace(-1, 1, 15)
     low = np.stack([x * (edge + 0.012), -0.175 - 0.012 * (1 - x**2)], axis=1)

@@ -16,7 +16,7 @@ import numpy as np
 import tqdm
 from PIL import Image
 
-from p2ldm.data import face_drawing, face_hair, face_wear
+from p2ldm.data import face_drawing, face_features, face_hair, face_wear
 from p2ldm.data.face_canvas import Scene
 from p2ldm.data.face_traits import sample_traits, visible_attributes
 from p2ldm.data.labels import CELEBAMASK_HQ
@@ -33,11 +33,11 @@ LAYERS = (
   face_wear.draw_necklace,
   face_drawing.draw_ears,
   face_drawing.draw_skin,
-  face_drawing.draw_nose,
-  face_drawing.draw_eyes,
-  face_drawing.draw_brows,
+  face_features.draw_nose,
+  face_features.draw_eyes,
+  face_features.draw_brows,
   face_hair.draw_beard,
-  face_drawing.draw_mouth,
+  face_features.draw_mouth,
   face_wear.draw_glasses,
   face_hair.draw_front_hair,
   face_wear.draw_hat,
