@@ -4,6 +4,7 @@ Tensors are float32 and named by their path in the tree of parameters, joined by
 metadata holds the module's fields as JSON, for readers from elsewhere. No pickle is read or written.
 """
 
+import functools
 import hashlib
 import json
 import pathlib
@@ -35,30 +36,12 @@ def autoencoder_shapes(fields: Mapping, source: str) -> dict[str, tuple[int, ...
   Raises:
     UserError: no such autoencoder can be built; the message names `source`.
   """
-
-  def init():
-    side = 8 * 2 ** (len(fields['channel_multipliers']) - 1)  # any that it can downsample
-    return make_module(Autoencoder, fields).init(
-      jax.random.key(0), jnp.zeros((1, side, side, 3), jnp.float32)
-    )
-
-  return _shapes(init, source)
+  return _explained(_autoencoder_shapes, source, json.dumps(fields))
 
 
 def denoiser_shapes(fields: Mapping, image_size: int, source: str) -> dict[str, tuple[int, ...]]:
   """As `autoencoder_shapes`, of the denoiser for images of `image_size` pixels square."""
-
-  def init():
-    side = image_size // fields['latent_factor']
-    return make_module(Denoiser, fields).init(
-      jax.random.key(0),
-      jnp.zeros((1, side, side, fields['latent_channels']), jnp.float32),
-      jnp.zeros((1,), jnp.int32),
-      jnp.zeros((1, fields['num_attributes']), jnp.int8),
-      jnp.zeros((1, image_size, image_size), jnp.uint8),
-    )
-
-  return _shapes(init, source)
+  return _explained(_denoiser_shapes, source, json.dumps(fields), image_size)
 
 
 def write_weights(path: pathlib.Path, params: Mapping, fields: Mapping, expected: Mapping) -> str:
@@ -150,15 +133,43 @@ def _read_header(path: pathlib.Path) -> tuple[dict, dict]:
     ) from error
 
 
-def _shapes(init, source: str) -> dict[str, tuple[int, ...]]:
-  """{tensor name: shape} of what `init` returns; nothing is computed."""
-  try:
-    params = jax.eval_shape(init)['params']
-  except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
-    message = str(error).splitlines()[0] if str(error) else repr(error)
-    raise UserError(f'{source} does not describe a network that can be built: {message}') from error
+@functools.lru_cache(maxsize=4)  # a run that exports again and again traces its networks once
+def _autoencoder_shapes(fields_json: str):
+  fields = json.loads(fields_json)
+  side = 8 * 2 ** (len(fields['channel_multipliers']) - 1)  # any that it can downsample
+  image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+  return _shapes(make_module(Autoencoder, fields), image)
+
+
+@functools.lru_cache(maxsize=4)
+def _denoiser_shapes(fields_json: str, image_size: int):
+  fields = json.loads(fields_json)
+  side = image_size // fields['latent_factor']
+  return _shapes(
+    make_module(Denoiser, fields),
+    jax.ShapeDtypeStruct((1, side, side, fields['latent_channels']), jnp.float32),
+    jax.ShapeDtypeStruct((1,), jnp.int32),
+    jax.ShapeDtypeStruct((1, fields['num_attributes']), jnp.int8),
+    jax.ShapeDtypeStruct((1, image_size, image_size), jnp.uint8),
+  )
+
+
+def _shapes(module: nn.Module, *inputs) -> dict[str, tuple[int, ...]]:
+  """{tensor name: shape} after initialisation; nothing is computed."""
+  params = jax.eval_shape(module.init, jax.random.key(0), *inputs)['params']
   flat = traverse_util.flatten_dict(params, sep='.')
   return {name: tuple(leaf.shape) for name, leaf in flat.items()}
+
+
+def _explained(shapes, source: str, *arguments) -> dict[str, tuple[int, ...]]:
+  """`shapes(*arguments)`; whatever fails while a network is built becomes a UserError."""
+  try:
+    return shapes(*arguments)
+  except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+    lines = str(error).splitlines() or [repr(error)]
+    raise UserError(
+      f'{source} does not describe a network that can be built: {lines[0]}'
+    ) from error
 
 
 def _tuples(value):
