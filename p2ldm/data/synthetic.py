@@ -23,6 +23,7 @@ from p2ldm.data.labels import CELEBAMASK_HQ
 from p2ldm.errors import UserError
 
 MINIMUM_SIZE = 16
+FACES_PER_WORKER = 128  # fewer are drawn sooner than a process starts
 
 # From back to front.
 LAYERS = (
@@ -77,15 +78,15 @@ def write_raw(dir: str | os.PathLike, num_faces: int, size: int, seed: int = 0):
   size. Everything is written beside DIR and renamed at the end.
 
   Raises:
-    UserError: num_faces is not positive, size is too small, or `dir` exists.
+    UserError: num_faces is not positive, size is too small, or `dir` is not empty.
   """
   target = pathlib.Path(dir)
   if num_faces < 1:
     raise UserError(f'The number of synthetic faces must be positive, not {num_faces}.')
   if size < MINIMUM_SIZE:
     raise UserError(f'Synthetic faces need a size of at least {MINIMUM_SIZE} pixels, not {size}.')
-  if target.exists():
-    raise UserError(f'{target} exists already; choose another folder, or remove it first.')
+  if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    raise UserError(f'{target} exists and is not empty; choose another folder, or remove it first.')
   target.parent.mkdir(parents=True, exist_ok=True)
   partial = pathlib.Path(tempfile.mkdtemp(prefix=f'.{target.name}.', dir=target.parent))
   try:
@@ -97,7 +98,7 @@ def write_raw(dir: str | os.PathLike, num_faces: int, size: int, seed: int = 0):
     lines = [str(num_faces), ' '.join(CELEBAMASK_HQ.attributes)]
     lines += [f'{i}.jpg  ' + ' '.join(map(str, row)) for i, row in enumerate(rows)]
     (partial / 'CelebAMask-HQ-attribute-anno.txt').write_text('\n'.join(lines) + '\n')
-    partial.rename(target)
+    partial.replace(target)
   except BaseException:
     shutil.rmtree(partial, ignore_errors=True)
     raise
@@ -107,7 +108,7 @@ def _write_faces(folder: pathlib.Path, num_faces: int, size: int, seed: int) -> 
   """Renders on every core; returns the attributes of each face in order."""
   write = functools.partial(_write_face, folder, size, seed)
   progress = functools.partial(tqdm.tqdm, total=num_faces, desc='Drawing faces', unit='face')
-  workers = min(os.cpu_count() or 1, num_faces // 32)
+  workers = min(os.cpu_count() or 1, num_faces // FACES_PER_WORKER)
   if workers < 2:
     return list(progress(map(write, range(num_faces))))
   # spawn, not fork: the caller may have threads of JAX or TensorFlow running.
