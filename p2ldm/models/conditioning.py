@@ -189,7 +189,7 @@ class ConditionEncoder(nn.Module):
 
   def _kind(self, name: str):
     """Embedding (width,) of a token's kind."""
-    return self.param(name, unit_normal, (self.width,)).astype(self.dtype)
+    return self.param(name, nn.initializers.normal(0.1), (self.width,)).astype(self.dtype)
 
   def _check_fields(self):
     if not (self.use_attributes or self.use_mask):

@@ -12,6 +12,7 @@ import math
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 
 from p2ldm.errors import UserError
 from p2ldm.models.attention import AttentionBlock, SpatialTransformer
@@ -26,7 +27,7 @@ def timestep_embedding(timesteps, channels: int, max_period: float = 10_000.0):
   Cosines first, at the frequencies max_period^(-i / (channels / 2)), as CompVis orders them.
   """
   half = channels // 2
-  frequencies = jnp.exp(-math.log(max_period) / half * jnp.arange(half, dtype=jnp.float32))
+  frequencies = np.exp(-math.log(max_period) / half * np.arange(half)).astype(np.float32)
   angles = timesteps[:, None].astype(jnp.float32) * frequencies
   return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
