@@ -141,7 +141,7 @@ def draw_mouth(scene: Scene):
   traits = scene.traits
   skin = traits.skin_rgb
   wide = 0.1 if traits.smiling else 0.078
-  lift = 0.03 if traits.smiling else -0.003
+  lift = 0.034 if traits.smiling else -0.003
   full = 1.75 if traits.big_lips else 1.0
   upper, lower, gap = 0.021 * full, 0.029 * full, 0.0
   if traits.mouth_open:

@@ -24,6 +24,11 @@ def _wave(traits, along, amplitude=0.016):
   return amplitude * np.sin(along * 48 + 6 * traits.noise[0])
 
 
+def _start(traits) -> float:
+  """How far up hanging hair is drawn; the cap of hair or a hat covers its upper end."""
+  return -0.27 if traits.hat == 'none' else -0.2
+
+
 def _end(traits) -> float:
   """How far down the hair reaches."""
   return {'bob': 0.26, 'long': 0.5}[traits.length] + 0.06 * traits.noise[1]
@@ -34,18 +39,22 @@ def draw_back_hair(scene: Scene):
   traits = scene.traits
   if traits.length not in ('bob', 'long'):
     return
-  y = np.linspace(-0.27, _end(traits), 36)
+  y = np.linspace(_start(traits), _end(traits), 36)
   spread = _silhouette(traits, y) * _rounding(traits, y)
   left = np.stack([-spread + _wave(traits, y), y], axis=1)
   right = np.stack([spread + _wave(traits, y), y], axis=1)[::-1]
-  scene.fill(np.concatenate([left, right]), hair_field(scene) * 0.72, 'hair', depth=-0.08)
+  scene.fill(np.concatenate([left, right]), hair_field(scene) * 0.72, 'hair', depth=-0.02)
 
 
 def _silhouette(traits, y):
   """Half the width of long hair at y: around the crown down to the temples, then hanging free."""
   crown = np.sqrt(1 - np.clip((y + 0.1) / (0.305 + traits.volume), -0.99, 0) ** 2)
   edge = outline(traits.shape)[4, 0]
-  return (edge + traits.volume + 0.016) * crown + 0.04 * np.clip((y + 0.1) / 0.25, 0, 1) ** 0.7
+  width = (edge + traits.volume + 0.008) * crown + 0.04 * np.clip((y + 0.1) / 0.25, 0, 1) ** 0.7
+  if traits.hat == 'none':
+    return width
+  free = np.clip((y + 0.18) / 0.2, 0, 1)  # a hat holds the hair down to its rim
+  return (1 - free) * (edge + 0.015) + free * width
 
 
 def _rounding(traits, y):
@@ -58,6 +67,8 @@ def _crown(traits) -> np.ndarray:
   """The hair's outer edge from one temple over the top to the other, (N, 2)."""
   thick = 0.016 if traits.fringe == 'receding' else traits.volume + 0.02
   angle = np.linspace(1.75, -1.75, 60)
+  if traits.length == 'short':  # closer to the head towards the ears
+    thick = thick * np.sqrt(np.clip((1.85 - np.abs(angle)) / 0.6, 0.05, 1))
   radius = 1.0
   if traits.texture == 'wavy' and traits.fringe != 'receding':
     bumps = np.abs(np.sin(angle * 5 + 3 * traits.noise[2]))
@@ -126,7 +137,12 @@ def draw_sideburns(scene: Scene, field):
   edge = outline(scene.traits.shape)[4, 0]
   for side in (-1, 1):
     outer = scene.head.place([(side * (edge + 0.02), -0.16), (side * (edge + 0.02), 0.07)], 0.0)
-    inner = scene.head.place([(side * (edge - 0.036), 0.085), (side * (edge - 0.03), -0.16)])
+    inner = [
+      (side * (edge - 0.022), 0.09),
+      (side * (edge - 0.036), 0.06),
+      (side * (edge - 0.03), -0.16),
+    ]
+    inner = scene.head.place(inner, 0.07)
     strip = np.concatenate([outer, inner])
     scene.canvas.fill(strip, field, LABELS['hair'], inside=[LABELS['skin']])
 
@@ -135,7 +151,7 @@ def draw_locks(scene: Scene, field):
   """Hair that falls over the ears on both sides of the face."""
   traits = scene.traits
   edge = outline(traits.shape)[4, 0]
-  y = np.linspace(-0.27, _end(traits), 40)
+  y = np.linspace(_start(traits), _end(traits), 40)
   down = np.clip((y + 0.1) / 0.25, 0, 1)
   outer = _silhouette(traits, y)
   inner = (
