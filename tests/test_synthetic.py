@@ -9,7 +9,8 @@ from p2ldm.data import synthetic
 from p2ldm.data.labels import CELEBAMASK_HQ
 from p2ldm.errors import UserError
 
-NUM_FACES = 2 * synthetic.FACES_PER_WORKER  # enough for two processes
+NUM_FACES = 200  # rendered here
+NUM_WRITTEN = 40  # and of these, written to disk by two processes
 SIZE = 64
 SEED = 3
 CLASS = {name: i for i, name in enumerate(CELEBAMASK_HQ.classes)}
@@ -25,7 +26,10 @@ def faces():
 @pytest.fixture(scope='module')
 def raw(tmp_path_factory):
   folder = tmp_path_factory.mktemp('synthetic') / 'raw'
-  synthetic.write_raw(folder, NUM_FACES, SIZE, seed=SEED)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(synthetic, 'FACES_PER_WORKER', NUM_WRITTEN // 2)
+    patch.setattr(synthetic.os, 'cpu_count', lambda: 2)
+    synthetic.write_raw(folder, NUM_WRITTEN, SIZE, seed=SEED)
   return folder
 
 
@@ -172,7 +176,7 @@ def test_turned_heads_tell_left_from_right(faces):
 
 def test_parts_painted_in_class_order_give_the_mask(faces, raw):
   _, masks, _ = faces
-  for i in range(NUM_FACES):
+  for i in range(NUM_WRITTEN):
     painted = np.zeros((SIZE, SIZE), np.uint8)
     for label, name in enumerate(CELEBAMASK_HQ.classes[1:], 1):
       path = raw / 'CelebAMask-HQ-mask-anno' / '0' / f'{i:05d}_{name}.png'
@@ -193,11 +197,11 @@ def test_images_and_nothing_else_are_written(faces, raw):
   }
   assert [path.name for path in raw.parent.iterdir()] == [raw.name]
   assert {p.name for p in (raw / 'CelebA-HQ-img').iterdir()} == {
-    f'{i}.jpg' for i in range(NUM_FACES)
+    f'{i}.jpg' for i in range(NUM_WRITTEN)
   }
-  num_parts = sum(len(np.unique(mask[mask > 0])) for mask in masks)
+  num_parts = sum(len(np.unique(mask[mask > 0])) for mask in masks[:NUM_WRITTEN])
   assert len(list((raw / 'CelebAMask-HQ-mask-anno').rglob('*.png'))) == num_parts
-  for i in (0, 17, NUM_FACES - 1):
+  for i in (0, 17, NUM_WRITTEN - 1):
     written = np.asarray(Image.open(raw / 'CelebA-HQ-img' / f'{i}.jpg'), np.float64)
     assert written.shape == (SIZE, SIZE, 3)
     assert np.abs(written - images[i]).mean() < 6
@@ -206,9 +210,9 @@ def test_images_and_nothing_else_are_written(faces, raw):
 def test_the_attribute_file_has_the_official_form(faces, raw):
   _, _, attributes = faces
   lines = (raw / 'CelebAMask-HQ-attribute-anno.txt').read_text().splitlines()
-  assert lines[0] == str(NUM_FACES)
+  assert lines[0] == str(NUM_WRITTEN)
   assert tuple(lines[1].split()) == CELEBAMASK_HQ.attributes
-  assert len(lines) == NUM_FACES + 2
+  assert len(lines) == NUM_WRITTEN + 2
   for i, line in enumerate(lines[2:]):
     name, values = line.split('  ')
     assert name == f'{i}.jpg'
