@@ -183,6 +183,7 @@ def test_parts_painted_in_class_order_give_the_mask(faces, raw):
       if path.exists():
         part = np.asarray(Image.open(path))
         assert set(np.unique(part)) == {0, 255}
+        assert not painted[part == 255].any()  # a part is what is seen of it
         painted[part == 255] = label
     np.testing.assert_array_equal(painted, masks[i])
 
