@@ -131,6 +131,21 @@ def test_ddim_of_eta_1_is_ddpm():
   assert np.abs(run('ddim', denoise, noise, keys, 1000) - ancestral).max() > 0.1
 
 
+def test_ddim_of_any_eta_is_equation_12():
+  """arXiv 2010.02502, eq. 12 and 16, step by step in NumPy, with the same noise."""
+  noise, keys = noise_and_keys(1, (3,))
+  x, timesteps = np.asarray(noise, np.float64), list(range(901, 0, -100))
+  for n, (t, after) in enumerate(zip(timesteps, [*timesteps[1:], None], strict=True)):
+    abar, before = ABAR[t], 1.0 if after is None else ABAR[after]
+    x0 = np.asarray(mixture_x0(jnp.asarray(x), abar), np.float64)
+    epsilon = (x - np.sqrt(abar) * x0) / np.sqrt(1 - abar)
+    sigma = 0.6 * np.sqrt((1 - before) / (1 - abar)) * np.sqrt(1 - abar / before)
+    z = np.asarray(jax.random.normal(jax.random.fold_in(keys[0], n + 1), (3,)))
+    x = np.sqrt(before) * x0 + np.sqrt(1 - before - sigma**2) * epsilon + sigma * z
+  found = run('ddim', expected_output(mixture_x0), noise, keys, 10, eta=0.6)
+  np.testing.assert_allclose(found, x, atol=1e-4)
+
+
 def test_ddpm_on_all_timesteps_is_the_chain_of_the_betas():
   """arXiv 2006.11239, Algorithm 2 in NumPy: mean from epsilon, variance beta-tilde."""
   noise, keys = noise_and_keys(1, (3,))
