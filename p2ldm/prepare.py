@@ -27,6 +27,7 @@ from p2ldm.data.raw import open_raw
 from p2ldm.errors import UserError
 
 AUTOMATIC = 'auto'
+_SKIP_HINT = 'With --skip_bad, faces with bad files are left out, counted and listed.'
 
 
 def prepare(
@@ -73,23 +74,32 @@ def prepare(
     raise UserError(
       f'--split={scheme} is for CelebAMask-HQ; {raw} is a plain folder: use --split=last_tenth.'
     )
-  assigned = splits.assign_splits(scheme, [f.index for f in faces.faces], faces.celeba_indices)
+  good = [face for face in faces.faces if not face.problem]
+  skipped = [{'name': f.name, 'reason': f.problem} for f in faces.faces if f.problem]
+  if skipped and not skip_bad:
+    more = f' There are {len(skipped) - 1} more such faces.' if len(skipped) > 1 else ''
+    raise UserError(f'{skipped[0]["reason"]}{more} {_SKIP_HINT}')
+  assigned = splits.assign_splits(scheme, [face.index for face in good], faces.celeba_indices)
 
-  from p2ldm.data import (
-    celebamask_hq,
-  )  # imports TensorFlow, which `--help` and errors need not wait for
+  # Imports TensorFlow, which `--help` and early errors need not wait for.
+  from p2ldm.data import celebamask_hq
 
-  with _new_directory(out, overwrite) as work, tqdm(total=len(faces.faces), unit='face') as bar:
-    builder = celebamask_hq.write_records(
-      work,
-      faces=faces.faces,
-      splits=assigned,
-      schema=faces.schema,
-      image_size=image_size,
-      resample=resample,
-      skip_bad=skip_bad,
-      advance=bar.update,
-    )
+  with _new_directory(out, overwrite) as work, tqdm(total=len(good), unit='face') as bar:
+    try:
+      builder = celebamask_hq.write_records(
+        work,
+        faces=good,
+        splits=assigned,
+        schema=faces.schema,
+        image_size=image_size,
+        resample=resample,
+        skip_bad=skip_bad,
+        advance=bar.update,
+      )
+    except UserError as error:
+      raise error if skip_bad else UserError(f'{error} {_SKIP_HINT}') from error
+    except OSError as error:
+      raise UserError(f'Cannot write {out}: {error}.') from error
     sizes = builder.source_sizes.most_common()
     upscaled = sum(count for size, count in sizes if min(size) < image_size)
     notes = list(faces.notes)
@@ -104,7 +114,7 @@ def prepare(
       'split_scheme': scheme,
       'splits': builder.counts,
       'source_sizes': {f'{w}x{h}': count for (w, h), count in sizes[:10]},
-      'skipped': builder.skipped,
+      'skipped': skipped + builder.skipped,
       'notes': notes,
       'fingerprint': builder.fingerprint,
       'code_version': p2ldm.__version__,
@@ -132,10 +142,13 @@ def prepare_embedded(out, num_faces: int, image_size: int, seed: int = 0) -> dic
   """
   from p2ldm.data import synthetic
 
-  out = pathlib.Path(out)
+  out = pathlib.Path(out).expanduser()
+  if num_faces < 2:
+    raise UserError(f'{num_faces} embedded faces are too few: one to train on and one held out.')
   _check_out(None, out, overwrite=False)
   out.absolute().parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(prefix=f'{out.name}.raw-', dir=out.absolute().parent) as raw:
+  with tempfile.TemporaryDirectory(prefix=f'{out.name}.raw-', dir=out.absolute().parent) as work:
+    raw = pathlib.Path(work) / 'raw'
     synthetic.write_raw(raw, num_faces, 2 * image_size, seed)
     source = f'{num_faces} embedded synthetic faces, seed {seed}'
     return prepare(raw, out, image_size, split_scheme='last_tenth', source=source)
@@ -145,6 +158,8 @@ def _check_out(raw: pathlib.Path | None, out: pathlib.Path, overwrite: bool):
   """Refuses an `out` that exists, or whose replacement would destroy something else."""
   if raw and raw.resolve() in (out.resolve(), *out.resolve().parents):
     raise UserError(f'--out={out} lies in the raw data set {raw}; choose another folder.')
+  if raw and out.resolve() in raw.resolve().parents and overwrite:
+    raise UserError(f'--out={out} holds the raw data set {raw}; choose another folder.')
   if not out.exists() or (out.is_dir() and not any(out.iterdir())):
     return
   if not (out / 'prepare.json').is_file():

@@ -136,7 +136,7 @@ class FacesBuilder(tfds.core.GeneratorBasedBuilder):
             return
           result = pending.popleft().result()
           if isinstance(result[1], UserError) and not self._skip_bad:
-            raise UserError(f'{result[1]} (With --skip_bad such faces are left out and listed.)')
+            raise result[1]
           yield result
       finally:
         for future in pending:

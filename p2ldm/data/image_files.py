@@ -45,12 +45,6 @@ def read_mask(path: pathlib.Path, schema: LabelSchema) -> np.ndarray:
   image = _decode(path)
   if image.format in ('JPEG', 'MPO'):
     raise UserError(f'{path} is a JPEG, which blurs labels; masks must be PNG files.')
-  if image.mode == 'P' and all(
-    color in ((i, i, i), (i, i, i, 255))
-    for color, i in image.palette.colors.items()
-    if i in _used(image)
-  ):
-    return schema.check_ids(np.asarray(image).astype(np.int32), str(path))
   if image.mode in ('1', 'L') or image.mode.startswith('I'):
     return schema.check_ids(np.asarray(image).astype(np.int32), str(path))
   if image.mode not in ('P', 'RGB', 'RGBA'):
@@ -58,7 +52,13 @@ def read_mask(path: pathlib.Path, schema: LabelSchema) -> np.ndarray:
   rgba = np.asarray(image.convert('RGBA'))
   if (rgba[..., 3] != 255).any():
     raise UserError(f'{path} is partly transparent, so its classes are unclear; save it opaque.')
-  return schema.ids_from_colors(rgba[..., :3], str(path))
+  try:
+    return schema.ids_from_colors(rgba[..., :3], str(path))
+  except UserError:
+    ids = np.asarray(image)
+    if image.mode == 'P' and (rgba[..., :3] == ids[..., None]).all():
+      return schema.check_ids(ids, str(path))
+    raise
 
 
 def read_part(path: pathlib.Path) -> np.ndarray:
@@ -108,7 +108,3 @@ def _decode(path: pathlib.Path) -> Image.Image:
     raise UserError(
       f'{path} is not a readable image ({error}). Copy or download it again.'
     ) from error
-
-
-def _used(image: Image.Image) -> set[int]:
-  return set(np.unique(np.asarray(image)).tolist())

@@ -76,16 +76,14 @@ def load_face(face: RawFace, schema: LabelSchema, size: int, resample: str) -> L
   """Reads, crops and resizes one face; a face without a mask gets one of 255 throughout.
 
   Args:
-    face: from a RawFaces.
+    face: from a RawFaces, without a problem.
     schema: of the same data set.
     size: S, pixels a side.
     resample: key of image_files.RESAMPLING, for the photograph.
 
   Raises:
-    UserError: the face has a problem, or a file of it cannot be read or does not fit the others.
+    UserError: a file of it cannot be read or does not fit the others.
   """
-  if face.problem:
-    raise UserError(face.problem)
   image = image_files.read_image(face.image)
   if face.parts:
     mask, path = _paint(face.parts), face.parts[0][1]

@@ -129,9 +129,9 @@ def _read_attributes(path: pathlib.Path, listing: _Listing):
       raise UserError(f'{path}, line {number}: {name!r} is not an image name such as 123.jpg.')
     face = listing.face(int(stem))
     problem = _row_problem(values, len(names))
-    if stem in seen:
+    if face.index in seen:
       problem = 'the face has a row already'
-    seen.add(stem)
+    seen.add(face.index)
     if problem:
       face.problem = f'{path}, line {number} ({name}): {problem}. Correct the row.'
     else:

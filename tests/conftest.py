@@ -1,0 +1,27 @@
+"""Data sets that several test files share; all are made here, nothing is downloaded."""
+
+import os
+import pathlib
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+import pytest
+
+from p2ldm.data import synthetic
+from p2ldm.prepare import prepare
+
+
+@pytest.fixture(scope='session')
+def raw_faces(tmp_path_factory) -> pathlib.Path:
+  """12 synthetic faces of 64 px in the official raw layout; read only."""
+  path = tmp_path_factory.mktemp('raw') / 'CelebAMask-HQ'
+  synthetic.write_raw(path, num_faces=12, size=64, seed=0)
+  return path
+
+
+@pytest.fixture(scope='session')
+def prepared_faces(raw_faces, tmp_path_factory) -> pathlib.Path:
+  """The faces of `raw_faces` prepared at 32 px: 11 to train on, 1 to validate on; read only."""
+  path = tmp_path_factory.mktemp('prepared') / 'faces'
+  prepare(raw_faces, path, image_size=32)
+  return path
