@@ -136,10 +136,10 @@ def test_one_flipped_bit(model):
     (lambda t: t.update(stray=np.zeros(2, np.float32)), '1 left over, such as stray'),
     (
       lambda t: t.update({'time_in.bias': np.zeros(5, np.float32)}),
-      r'time_in.bias \(5,\), not \(128,\)',
+      r'time_in.bias \(5,\), not \(256,\)',
     ),
     (
-      lambda t: t.update({'time_in.bias': np.zeros(128, np.float16)}),
+      lambda t: t.update({'time_in.bias': np.zeros(256, np.float16)}),
       'float32',
     ),
   ],
@@ -159,9 +159,9 @@ def test_tensors_that_are_not_the_architectures(model, change, message):
 
 
 def test_weights_of_another_architecture(model):
-  edit(model, lambda config: config['denoiser']['unet'].update(channels=64))
+  edit(model, lambda config: config['denoiser']['unet'].update(channels=96))
   with pytest.raises(
-    UserError, match=r'of another shape.*\(.*32.*\), not \(.*64.*\).*another model'
+    UserError, match=r'of another shape.*\(.*64.*\), not \(.*96.*\).*another model'
   ):
     model_directory.load(model)
 
