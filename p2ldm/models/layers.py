@@ -16,6 +16,10 @@ Dtype = jnp.dtype
 class GroupNorm(nn.Module):
   """GroupNorm over 32 groups, computed in float32, returned in `dtype`.
 
+  Below 128 channels there are fewer groups, of 4 channels each: with 32 groups of one channel, as the
+  reference would have at 32 channels, the norm takes out of every channel its mean, and with it the
+  timestep in the U-Net and the colour in the autoencoder.
+
   CompVis: `Normalize` (epsilon 1e-6) in the autoencoder and the transformers, `GroupNorm32`
   (epsilon 1e-5) in the U-Net's residual blocks.
   """
@@ -25,10 +29,9 @@ class GroupNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    """(..., C) of any float dtype, C divisible by 32 (or below 32: one group a channel pair)."""
-    y = nn.GroupNorm(
-      num_groups=min(32, x.shape[-1]), epsilon=self.epsilon, dtype=jnp.float32, name='norm'
-    )(x)
+    """(..., C) of any float dtype, C divisible by the number of groups, min(32, C / 4)."""
+    groups = max(1, min(32, x.shape[-1] // 4))
+    y = nn.GroupNorm(groups, epsilon=self.epsilon, dtype=jnp.float32, name='norm')(x)
     return y.astype(self.dtype)
 
 

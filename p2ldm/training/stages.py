@@ -73,10 +73,10 @@ def run_autoencoder(config, workdir, mesh) -> ModelParts:
     path = pathlib.Path(config.autoencoder.pretrained)
     return model_directory.load(path / 'autoencoder' if (path / 'autoencoder').is_dir() else path)
   directory = workdir / 'autoencoder'
-  if loop.finished(directory, config.autoencoder.training.num_steps):
-    if (directory / 'model').exists():
-      print(f'autoencoder: complete in {directory}')
-      return model_directory.load(directory)
+  complete = loop.finished(directory, config.autoencoder.training.num_steps)
+  if complete and (directory / 'model').exists():
+    print(f'autoencoder: complete in {directory}')
+    return model_directory.load(directory)
   fields = config.autoencoder.model.to_dict()
   model = Autoencoder(**fields, dtype=resolve_dtype(config.compute_dtype))
   from p2ldm.training import autoencoder_task  # needs TensorFlow
