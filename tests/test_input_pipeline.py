@@ -1,5 +1,7 @@
 import itertools
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -118,6 +120,16 @@ def test_ordered_batches_give_every_face_once(dataset, faces):
   assert joined['name'].tolist() == [str(i) for i in range(11)]
   limited = list(ordered_batches(dataset, 'train', 4, limit=5))
   assert np.concatenate([batch['name'] for batch in limited]).tolist() == list('01234')
+
+
+def test_a_program_that_still_holds_an_iterator_ends(prepared_faces):
+  program = (
+    'from p2ldm.data.input_pipeline import open_dataset, train_batches\n'
+    f'batches = train_batches(open_dataset({str(prepared_faces)!r}), "train", 8, 0, True)\n'
+    'next(batches)\n'
+  )
+  for _ in range(3):
+    subprocess.run([sys.executable, '-c', program], check=True, timeout=60)
 
 
 def test_missing_data_set_and_split(dataset, tmp_path):

@@ -4,10 +4,12 @@ The batch of a training step depends on (seed, step) alone, see `order`; records
 that a resumed run goes on at once. TensorFlow is kept off the GPUs, which are JAX's.
 """
 
+import atexit
 import dataclasses
 import json
 import os
 import pathlib
+import weakref
 from collections.abc import Iterator
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
@@ -25,6 +27,8 @@ from p2ldm.errors import UserError
 tf.config.set_visible_devices([], 'GPU')
 
 Batch = dict[str, np.ndarray]
+
+_ITERATORS = weakref.WeakSet()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +227,18 @@ def _batches(
   options.deterministic = True
   faces = chosen.map(read_all).unbatch().map(decode, num_parallel_calls=threads)
   batches = faces.batch(batch_size).prefetch(2).with_options(options)
-  return _guarded(dataset.directory, batches)
+  iterator = _guarded(dataset.directory, batches)
+  _ITERATORS.add(iterator)
+  return iterator
+
+
+def _close_iterators():
+  """Ends tf.data's threads while Python still runs; one that waits for it then waits for ever."""
+  for iterator in list(_ITERATORS):
+    iterator.close()
+
+
+atexit.register(_close_iterators)
 
 
 def _guarded(directory: pathlib.Path, batches: tf.data.Dataset) -> Iterator[Batch]:
