@@ -1,5 +1,7 @@
 """Autoencoder, quantizer, and the layers they are made of."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -227,6 +229,20 @@ def test_bfloat16_compute_keeps_float32_outside(variables, images, output):
   assert result.codebook_loss.dtype == result.commitment_loss.dtype == jnp.float32
   error = np.abs(result.latent - output.latent).max() / np.std(output.latent)
   assert 0 < error < 0.1
+
+
+def test_bfloat16_compute_in_every_layer(variables, images):
+  half = SMALL.clone(dtype=jnp.bfloat16)
+  _, state = jax.eval_shape(
+    lambda v, x: half.apply(v, x, capture_intermediates=True, mutable=['intermediates']),
+    variables,
+    images,
+  )
+  for part in ('encoder', 'decoder'):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state['intermediates'][part]):
+      where = '/'.join(entry.key for entry in path if hasattr(entry, 'key'))
+      inside_a_norm = re.search(r'norm\w*/norm/', where)
+      assert leaf.dtype == (jnp.float32 if inside_a_norm else jnp.bfloat16), where
 
 
 @pytest.mark.parametrize('shape', [(1, 17, 16, 3), (1, 16, 17, 3), (16, 16, 3), (1, 16, 16, 4)])

@@ -155,8 +155,7 @@ def _features(convolutions, images):
 
 
 def _unit(features):
-  """Scaled to unit length over channels; an all-zero vector stays zero, with a zero gradient."""
-  square = jnp.sum(jnp.square(features), axis=-1, keepdims=True)
-  # The reference's sqrt has an infinite slope at 0, hence the inner where.
-  length = jnp.sqrt(jnp.where(square > 0, square, 1.0))
-  return jnp.where(square > 0, features / (length + 1e-10), 0.0)
+  """Scaled to unit length over channels; an all-zero vector stays zero."""
+  # Where all are zero the root's slope is infinite, but the ReLU before it is off and drops that.
+  length = jnp.sqrt(jnp.sum(jnp.square(features), axis=-1, keepdims=True))
+  return features / (length + 1e-10)
