@@ -19,7 +19,7 @@ FIELDS = {
     'head_channels': 8,
   },
   'unet': {
-    'channels': 64,  # with 32, a norm's group is one channel and cancels what is added to it
+    'channels': 64,
     'channel_multipliers': (1,),
     'num_res_blocks': 1,
     'attention_factors': (),
@@ -46,11 +46,12 @@ def random_variables(denoiser, *inputs):
   """Every parameter at random, those that start at zero too."""
   rng = np.random.default_rng(0)
 
-  def draw(shape):
-    scale = 1 / np.sqrt(max(np.prod(shape.shape[:-1]), 1))
-    return jnp.asarray(rng.normal(size=shape.shape, scale=scale), jnp.float32)
+  def draw(path, shape):
+    if shape.ndim == 1:  # scales and biases
+      return jnp.asarray(rng.normal(path[-1].key == 'scale', 0.2, shape.shape), jnp.float32)
+    return jnp.asarray(rng.normal(0, np.prod(shape.shape[:-1]) ** -0.5, shape.shape), jnp.float32)
 
-  return jax.tree.map(draw, shapes_of(denoiser, *inputs))
+  return jax.tree_util.tree_map_with_path(draw, shapes_of(denoiser, *inputs))
 
 
 @pytest.fixture(scope='module')

@@ -115,18 +115,21 @@ def test_attention_is_softmax_of_scaled_products():
 def test_attention_block_orders_channels_by_head_then_query_key_value():
   """QKVAttentionLegacy of CompVis: channel h * 3D + 0 * D + d is the query's, + D the key's, ..."""
   rng = np.random.default_rng(3)
-  x = rng.normal(size=(1, 2, 2, 32)).astype(np.float32)
-  block = AttentionBlock(head_channels=16)
+  x = rng.normal(size=(1, 2, 2, 128)).astype(np.float32)
+  block = AttentionBlock(head_channels=64)
   variables = randomize(jax.eval_shape(lambda: block.init(jax.random.key(0), x)))
   params = jax.tree.map(np.asarray, variables['params'])
   norm = params['norm']['norm']
-  # 32 channels: each is a group of its own.
-  y = (x - x.mean((1, 2))) / np.sqrt(x.var((1, 2)) + 1e-5) * norm['scale'] + norm['bias']
-  qkv = y.reshape(4, 32) @ params['qkv']['kernel'] + params['qkv']['bias']
+  groups = x.reshape(4, 32, 4)
+  y = (groups - groups.mean((0, 2), keepdims=True)) / np.sqrt(
+    groups.var((0, 2), keepdims=True) + 1e-5
+  )
+  y = y.reshape(4, 128) * norm['scale'] + norm['bias']
+  qkv = y @ params['qkv']['kernel'] + params['qkv']['bias']
   heads = []
   for head in range(2):
-    q, k, v = (qkv[:, head * 48 + i * 16 : head * 48 + (i + 1) * 16] for i in range(3))
-    weights = np.exp(q @ k.T / 4)
+    q, k, v = (qkv[:, head * 192 + i * 64 : head * 192 + (i + 1) * 64] for i in range(3))
+    weights = np.exp(q @ k.T / 8)
     heads.append(weights / weights.sum(-1, keepdims=True) @ v)
   out = np.concatenate(heads, -1) @ params['proj_out']['kernel'] + params['proj_out']['bias']
   np.testing.assert_allclose(

@@ -132,8 +132,8 @@ class UNet(nn.Module):
   """Predicts noise (or v) from noisy latents, timesteps and, with `use_context`, a context.
 
   Attributes:
-    channels: at full resolution; a multiple of 32. At 32 itself the groups of that resolution's norms are
-      single channels, which cancel the timestep embedding there, as in CompVis: take 64 or more.
+    channels: at full resolution; a multiple of 32. From 128 on, all is as in CompVis; below, the norms have
+      fewer groups (see `GroupNorm`), so that such weights would not carry over.
     channel_multipliers: of each resolution, each half the one before.
     num_res_blocks: a resolution on the way down; one more on the way up.
     attention_factors: attention where the latent is downsampled by one of these.
