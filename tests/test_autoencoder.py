@@ -287,9 +287,10 @@ def test_attention_weighs_values_by_softmax():
   def linear(name, h):
     return h @ np.float64(params[name]['kernel'][0, 0]) + np.float64(params[name]['bias'])
 
-  # 32 channels in 32 groups: each channel is normalised by itself.
-  rows = np.float64(x).reshape(6, 32)
-  normal = (rows - rows.mean(axis=0)) / np.sqrt(rows.var(axis=0) + 1e-6)
+  # 32 channels: 8 groups of 4.
+  rows = np.float64(x).reshape(6, 8, 4)
+  mean, variance = (f(rows, axis=(0, 2), keepdims=True) for f in (np.mean, np.var))
+  normal = ((rows - mean) / np.sqrt(variance + 1e-6)).reshape(6, 32)
   h = normal * np.float64(params['norm']['norm']['scale']) + params['norm']['norm']['bias']
   logits = linear('q', h) @ linear('k', h).T / np.sqrt(32)
   weights = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -298,13 +299,14 @@ def test_attention_weighs_values_by_softmax():
   np.testing.assert_allclose(module.apply({'params': params}, x), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_group_norm_computes_in_float32():
+@pytest.mark.parametrize(('channels', 'num_groups'), [(128, 32), (256, 32), (32, 8)])
+def test_group_norm_computes_in_float32(channels, num_groups):
   rng = np.random.default_rng(0)
-  x = jnp.bfloat16(200 + 3 * rng.normal(size=(2, 8, 8, 64)))
+  x = jnp.bfloat16(200 + 3 * rng.normal(size=(2, 8, 8, channels)))
   module = layers.GroupNorm(dtype=jnp.bfloat16)
   result = module.apply(module.init(jax.random.key(0), x), x)
   assert result.dtype == jnp.bfloat16
-  groups = np.asarray(x, np.float64).reshape(2, 64, 32, 2)
+  groups = np.asarray(x, np.float64).reshape(2, 64, num_groups, -1)
   mean, variance = (f(groups, axis=(1, 3), keepdims=True) for f in (np.mean, np.var))
   expected = ((groups - mean) / np.sqrt(variance + 1e-6)).reshape(x.shape)
   np.testing.assert_allclose(np.asarray(result, np.float64), expected, rtol=2**-7, atol=0.01)
