@@ -39,6 +39,7 @@ def get_config() -> ConfigDict:
           'latent_channels': 3,
           'regularizer': 'vq',  # or 'kl'
           'codebook_size': 8192,  # for 'vq'
+          'codebook_init_range': 0.0,  # codes start uniform in +- this; 0: 1 / codebook_size, as CompVis
         },
         'loss': {
           'perceptual_weight': 1.0,  # LPIPS (VGG16), needs the extra `perceptual`

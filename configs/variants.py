@@ -8,43 +8,54 @@ from ml_collections import ConfigDict
 
 def tiny(config: ConfigDict) -> None:
   """The embedded synthetic faces at 64 px, with models that train in minutes on two CPU cores."""
-  config.data.update({'dir': 'data/embedded_64', 'image_size': 64, 'embedded_faces': 2_400})
-  small_models(config)
-  config.autoencoder.model.update({'channels': 32, 'channel_multipliers': (1, 1, 2)})
+  config.data.update({'dir': 'data/embedded_64', 'image_size': 64, 'embedded_faces': 2_000})
+  small_autoencoder(config)
   config.autoencoder.training.update(
-    {'batch_size': 16, 'num_steps': 600, 'warmup_steps': 50, 'learning_rate': 1e-3}
+    {
+      'batch_size': 8,
+      'num_steps': 400,
+      'learning_rate': 1e-3,
+      'warmup_steps': 20,
+      'evaluate_every': 100,
+      'sample_every': 200,
+      'checkpoint_every': 100,
+    }
   )
-  config.diffusion.training.update({'batch_size': 32, 'num_steps': 1_500})
+  config.denoiser.condition_encoder.update(
+    {'width': 96, 'mask_channels': 32, 'mask_patch': 8, 'num_layers': 1, 'head_channels': 32}
+  )
+  config.denoiser.unet.update(
+    {
+      'channels': 32,
+      'channel_multipliers': (1, 2, 4),
+      'num_res_blocks': 1,
+      'attention_factors': (2, 4),
+    }
+  )
+  config.diffusion.training.update(
+    {
+      'batch_size': 16,
+      'num_steps': 1_200,
+      'learning_rate': 1e-3,
+      'final_learning_rate': 0.0,
+      'warmup_steps': 50,
+      'evaluate_every': 300,
+      'sample_every': 600,
+      'checkpoint_every': 100,
+    }
+  )
   for training in (config.autoencoder.training, config.diffusion.training):
-    training.update(
-      {
-        'log_every': 20,
-        'evaluate_every': 250,
-        'sample_every': 500,
-        'checkpoint_every': 250,
-        'evaluation_faces': 200,
-      }
-    )
+    training.update({'ema_decay': 0.995, 'log_every': 20, 'evaluation_faces': 200})
+  config.sampling.update({'steps': 25})
 
 
 def faces64(config: ConfigDict) -> None:
   """Real faces (CelebAMask-HQ) prepared at 64 px, with a model that fits a small machine."""
   config.data.update({'dir': 'data/celebamask_hq_64', 'image_size': 64})
-  small_models(config)
+  small_autoencoder(config)
   config.autoencoder.training.update(
-    {'batch_size': 32, 'num_steps': 20_000, 'learning_rate': 5e-4, 'warmup_steps': 200}
+    {'batch_size': 16, 'num_steps': 20_000, 'learning_rate': 1e-3, 'warmup_steps': 100}
   )
-  config.diffusion.training.update({'batch_size': 64, 'num_steps': 100_000})
-  for training in (config.autoencoder.training, config.diffusion.training):
-    training.update({'evaluate_every': 1_000, 'sample_every': 2_000, 'checkpoint_every': 1_000})
-
-
-def small_models(config: ConfigDict) -> None:
-  """The networks of the runs at 64 px."""
-  config.autoencoder.model.update(
-    {'channels': 32, 'channel_multipliers': (1, 2, 4), 'num_res_blocks': 1, 'codebook_size': 1024}
-  )
-  config.autoencoder.loss.update({'discriminator_weight': 0.0, 'perceptual_weight': 0.0})
   config.denoiser.condition_encoder.update(
     {'width': 128, 'mask_channels': 32, 'mask_patch': 8, 'num_layers': 2, 'head_channels': 32}
   )
@@ -56,9 +67,39 @@ def small_models(config: ConfigDict) -> None:
       'attention_factors': (2, 4),
     }
   )
-  config.diffusion.training.update({'learning_rate': 5e-4, 'final_learning_rate': 0.0})
+  config.diffusion.training.update(
+    {
+      'batch_size': 32,
+      'num_steps': 100_000,
+      'learning_rate': 5e-4,
+      'final_learning_rate': 0.0,
+      'warmup_steps': 200,
+    }
+  )
   for training in (config.autoencoder.training, config.diffusion.training):
-    training.update({'warmup_steps': 100, 'ema_decay': 0.999})
+    training.update(
+      {
+        'ema_decay': 0.999,
+        'evaluate_every': 1_000,
+        'sample_every': 2_000,
+        'checkpoint_every': 500,
+        'evaluation_faces': 500,
+      }
+    )
+
+
+def small_autoencoder(config: ConfigDict) -> None:
+  """VQ-f4 for 64 px, without perceptual and adversarial terms, which want larger pictures."""
+  config.autoencoder.model.update(
+    {
+      'channels': 32,
+      'channel_multipliers': (1, 1, 2),
+      'num_res_blocks': 1,
+      'codebook_size': 1024,
+      'codebook_init_range': 1.0,  # too short a training to spread the codes by itself
+    }
+  )
+  config.autoencoder.loss.update({'discriminator_weight': 0.0, 'perceptual_weight': 0.0})
 
 
 VARIANTS = {'tiny': tiny, 'faces64': faces64}

@@ -52,6 +52,7 @@ class Autoencoder(nn.Module):
   latent_channels: int = 3
   regularizer: str = 'vq'
   codebook_size: int = 8192
+  codebook_init_range: float = 0.0
   dtype: Dtype = jnp.float32
 
   def setup(self):
@@ -70,7 +71,7 @@ class Autoencoder(nn.Module):
     self.quant_conv = nn.Conv(encoded, (1, 1), kernel_init=torch_init)
     self.post_quant_conv = nn.Conv(self.latent_channels, (1, 1), kernel_init=torch_init)
     if self.regularizer == 'vq':
-      self.quantize = Quantizer(self.codebook_size)
+      self.quantize = Quantizer(self.codebook_size, self.codebook_init_range)
 
   def encode(self, image):
     """(B, H, W, 3) in [-1, 1] -> the raw latent (B, h, w, C) float32.

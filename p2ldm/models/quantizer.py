@@ -28,15 +28,23 @@ class Quantized:
 
 
 class Quantizer(nn.Module):
-  """A codebook of `codebook_size` codes; replaces each latent vector by the nearest code."""
+  """A codebook of `codebook_size` = K codes; replaces each latent vector by the nearest code.
+
+  Codes start uniform in +-init_range; 0 is the reference's 1 / K. From there a long training spreads
+  them over the latents; a short one needs a start that covers them, or few codes are ever used.
+  """
 
   codebook_size: int
+  init_range: float = 0.0
 
   @nn.compact
   def __call__(self, latent):
     """(B, h, w, C) of any float dtype -> Quantized."""
     latent = latent.astype(jnp.float32)
-    codes = self.param('embedding', _uniform, (self.codebook_size, latent.shape[-1]), jnp.float32)
+    bound = self.init_range or 1 / self.codebook_size
+    codes = self.param(
+      'embedding', _uniform(bound), (self.codebook_size, latent.shape[-1]), jnp.float32
+    )
     indices = nearest_code(latent, codes)
     nearest = codes[indices]
     fixed_latent, fixed_nearest = jax.lax.stop_gradient((latent, nearest))
@@ -87,6 +95,8 @@ def codebook_statistics(indices, codebook_size: int) -> dict[str, jax.Array]:
   }
 
 
-def _uniform(key, shape, dtype):
-  """Uniform in +-1/K, K the number of codes, as the reference."""
-  return jax.random.uniform(key, shape, dtype, -1 / shape[0], 1 / shape[0])
+def _uniform(bound: float):
+  def init(key, shape, dtype):
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  return init

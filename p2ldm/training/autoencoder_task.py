@@ -46,7 +46,11 @@ def make_task(config, model: Autoencoder, dataset, mesh) -> Task:
     discriminator = PatchDiscriminator(
       loss.discriminator_channels, loss.discriminator_layers, model.dtype
     )
-  optimizer = adamw(training)
+  # Each network has an optimizer of its own: the gradient clip of one must not look at the other.
+  optimizer = optax.multi_transform(
+    {'autoencoder': adamw(training), 'discriminator': adamw(training)},
+    lambda params: {name: jax.tree.map(lambda _: name, tree) for name, tree in params.items()},
+  )
 
   def init(key):
     image = jnp.zeros((1, config.data.image_size, config.data.image_size, 3))

@@ -14,7 +14,7 @@ class Checkpoints:
   def __init__(self, directory, keep: int = 3):
     """Opens (and makes) `directory`; the newest `keep` checkpoints are kept."""
     self.directory = epath.Path(directory).absolute() if '://' not in str(directory) else directory
-    logging.get_absl_logger().setLevel(logging.WARNING)  # Orbax reports every file at INFO
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
     self._manager = ocp.CheckpointManager(
       self.directory,
       options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True),

@@ -181,8 +181,9 @@ def log_parameters(task: Task, state: TrainState):
 
 
 def describe(values: dict[str, float]) -> str:
-  """One line of the values that fit one: those without a '/'."""
-  return ', '.join(f'{name} {value:.4g}' for name, value in values.items() if '/' not in name)
+  """One line of the values that fit one: not those by timestep, nor the unweighted losses."""
+  shown = {name: value for name, value in values.items() if '/' not in name and 'mse' not in name}
+  return ', '.join(f'{name} {value:.4g}' for name, value in shown.items())
 
 
 def save_picture(path: pathlib.Path, picture: np.ndarray):

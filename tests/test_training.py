@@ -1,0 +1,201 @@
+"""The training loop: exact resume, the same losses on one device and on eight, overfitting, guards."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs import multi
+from p2ldm.data import latents
+from p2ldm.data.labels import CELEBAMASK_HQ
+from p2ldm.diffusion.schedule import make_schedule
+from p2ldm.errors import UserError
+from p2ldm.models.denoiser import Denoiser
+from p2ldm.training import diffusion_task, loop, sharding, stages, workdir
+
+NUM_FACES = 40
+
+
+def encode(image):
+  return image.reshape(len(image), 8, 4, 8, 4, 3).mean((2, 4))
+
+
+def make_batches(seed):
+  """Faces whose colour is that of their mask's one class: there is something to learn."""
+  rng = np.random.default_rng(seed)
+  palette = np.random.default_rng(7).uniform(-1, 1, (19, 3))
+  for _ in range(NUM_FACES // 8):
+    mask = np.repeat(rng.integers(0, 19, (8, 1, 1)), 32, 1).repeat(32, 2).astype(np.uint8)
+    image = palette[mask] + 0.1 * rng.normal(size=(8, 32, 32, 3))
+    attributes = rng.integers(-1, 2, (8, 40)).astype(np.int8)
+    yield {'image': image.astype(np.float32), 'mask': mask, 'attributes': attributes}
+
+
+@pytest.fixture(scope='module')
+def cache(tmp_path_factory):
+  directory = tmp_path_factory.mktemp('cache') / 'latents'
+  splits = {'train': (NUM_FACES, make_batches(0)), 'validation': (NUM_FACES, make_batches(1))}
+  return latents.build(directory, splits, encode, CELEBAMASK_HQ, {})
+
+
+def make_config(num_steps) -> ConfigDict:
+  config = multi.get_config('tiny')
+  config.data.image_size = 32
+  config.denoiser.condition_encoder.update(
+    {'width': 32, 'mask_channels': 16, 'num_layers': 1, 'head_channels': 16}
+  )
+  config.denoiser.unet.update(
+    {'channels': 32, 'channel_multipliers': (1,), 'attention_factors': (1,), 'head_channels': 16}
+  )
+  config.diffusion.training.update(
+    {
+      'batch_size': 8,
+      'num_steps': num_steps,
+      'learning_rate': 3e-3,
+      'final_learning_rate': 3e-3,
+      'warmup_steps': 0,
+      'log_every': 1,
+      'evaluate_every': 0,
+      'sample_every': 0,
+      'checkpoint_every': 0,
+      'evaluation_faces': 24,
+    }
+  )
+  return config
+
+
+def make_task(cache, num_steps, devices=1, fsdp=1, **changes):
+  config = make_config(num_steps)
+  config.diffusion.training.update(changes)
+  mesh = sharding.make_mesh(-1, fsdp, jax.devices()[:devices])
+  denoiser = Denoiser(**stages.denoiser_fields(config, cache))
+  schedule = make_schedule(1000, 0.0015, 0.0195)
+  return diffusion_task.make_task(config, denoiser, schedule, cache, mesh, lambda _: {}), mesh
+
+
+def train(cache, directory, num_steps, devices=1, fsdp=1, **changes):
+  task, mesh = make_task(cache, num_steps, devices, fsdp, **changes)
+  return loop.train(task, directory, mesh, seed=0)
+
+
+def losses(directory):
+  lines = (directory / 'diffusion' / 'metrics.jsonl').read_text().splitlines()
+  rows = [json.loads(line) for line in lines]
+  return {row['step']: row['train/loss'] for row in rows if 'train/loss' in row}
+
+
+@pytest.fixture(scope='module')
+def six_steps(cache, tmp_path_factory):
+  directory = tmp_path_factory.mktemp('six')
+  return train(cache, directory, 6), losses(directory)
+
+
+def test_a_restarted_run_ends_bit_for_bit_where_an_uninterrupted_one_does(
+  cache, six_steps, tmp_path
+):
+  train(cache, tmp_path, 3)
+  state = train(cache, tmp_path, 6)
+  assert int(state.step) == 6
+  for a, b in zip(jax.tree.leaves(six_steps[0]), jax.tree.leaves(state), strict=True):
+    np.testing.assert_array_equal(a, b)
+  assert losses(tmp_path) == six_steps[1]
+
+
+@pytest.mark.parametrize('fsdp', [1, 8])
+def test_eight_devices_give_the_losses_of_one(cache, six_steps, tmp_path, fsdp):
+  state = train(cache, tmp_path, 6, devices=8, fsdp=fsdp)
+  one, eight = six_steps[1], losses(tmp_path)
+  assert len(one) == 6
+  np.testing.assert_allclose(list(eight.values()), list(one.values()), rtol=2e-4)
+  kernel = max(jax.tree.leaves(state.params), key=lambda x: x.size)
+  assert len(kernel.sharding.device_set) == 8
+  share = kernel.addressable_shards[0].data.size / kernel.size
+  assert share == 1 / fsdp
+
+
+def test_a_checkpoint_of_one_mesh_restores_on_another(cache, six_steps, tmp_path):
+  train(cache, tmp_path, 3, devices=8, fsdp=4)
+  train(cache, tmp_path, 6, devices=2, fsdp=2)
+  np.testing.assert_allclose(
+    list(losses(tmp_path).values()), list(six_steps[1].values()), rtol=2e-4
+  )
+
+
+def test_training_learns_to_use_the_mask(cache, tmp_path):
+  task, mesh = make_task(cache, 250, batch_size=16)
+  state = loop.train(task, tmp_path, mesh, seed=0)
+  values = task.evaluate(state)
+  # The mask determines the face; the attributes are noise and say nothing.
+  assert values['conditional_gap'] > 0.3
+  assert values['conditional_gap_mask'] > 0.3
+  assert values['conditional_gap_attributes'] < 0.1
+
+
+def test_one_batch_can_be_overfitted(cache):
+  task, _ = make_task(cache, 300)
+  batch = cache.splits['train'].batch(np.arange(8))
+  from p2ldm.training.state import TrainState
+
+  state = TrainState.create(task.init(jax.random.key(0)), task.optimizer, task.averaged)
+  step = jax.jit(task.step)
+  history = []
+  for _ in range(300):
+    state, metrics = step(state, batch, jax.random.key(1), None)
+    history.append(float(metrics['mse']))
+  assert np.mean(history[-30:]) < 0.35 * np.mean(history[:5])
+
+
+def test_a_non_finite_loss_stops_and_leaves_the_last_checkpoint(cache, tmp_path):
+  train(cache, tmp_path, 2)
+  with pytest.raises(FloatingPointError, match='step'):
+    train(cache, tmp_path, 20, learning_rate=1e30, final_learning_rate=1e30, gradient_clip=0.0)
+  steps = [int(p.name) for p in (tmp_path / 'diffusion' / 'checkpoints').iterdir()]
+  assert steps == [2]
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(cache, tmp_path):
+  train(cache, tmp_path, 1)
+  config = make_config(2)
+  config.denoiser.condition_encoder.width = 64
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  denoiser = Denoiser(**stages.denoiser_fields(config, cache))
+  task = diffusion_task.make_task(
+    config, denoiser, make_schedule(1000, 0.0015, 0.0195), cache, mesh, lambda _: {}
+  )
+  with pytest.raises(UserError, match='another architecture'):
+    loop.train(task, tmp_path, mesh, seed=0)
+
+
+def test_a_batch_that_does_not_split_over_the_devices_is_refused(cache, tmp_path):
+  with pytest.raises(UserError, match=r'diffusion\.training\.batch_size = 12'):
+    train(cache, tmp_path, 1, devices=8, batch_size=12)
+
+
+def test_a_mesh_that_does_not_fit_the_devices_is_refused():
+  with pytest.raises(UserError, match='do not multiply'):
+    sharding.make_mesh(3, 3, jax.devices()[:8])
+
+
+def test_a_workdir_goes_on_only_with_the_config_that_began_it(tmp_path):
+  config = make_config(5)
+  workdir.open_workdir(tmp_path / 'run', config)
+  config.diffusion.training.num_steps = 9
+  workdir.open_workdir(tmp_path / 'run', config)
+  config.denoiser.unet.channels = 64
+  with pytest.raises(UserError, match=r'denoiser\.unet\.channels = 32.*64'):
+    workdir.open_workdir(tmp_path / 'run', config)
+
+
+def test_ema_follows_the_rule_of_the_reference(six_steps, cache, tmp_path):
+  """After n updates the decay is min(decay, (1 + n) / (10 + n))."""
+  from p2ldm.training.state import average
+
+  expected, params = 2.0, [3.0, -1.0, 4.0, 8.0]
+  ema = {'net': np.float32(2.0)}
+  for n, value in enumerate(params, start=1):
+    decay = min(0.3, (1 + n) / (10 + n))
+    expected = decay * expected + (1 - decay) * value
+    ema = average(ema, {'net': np.float32(value)}, n, 0.3)
+  np.testing.assert_allclose(ema['net'], expected, rtol=1e-6)
