@@ -37,6 +37,8 @@ def run(main, flags_parser=None):
       main()
     except UserError as error:
       fail(error)
+    except FloatingPointError as error:  # training diverged; the message says what to do
+      fail(error)
     except KeyboardInterrupt:
       print('interrupted', file=sys.stderr)
       sys.exit(130)
@@ -60,9 +62,19 @@ def describe_command(introduction: str | None) -> str:
 
 def fail(error: Exception):
   """Prints `error` as one paragraph on stderr and exits with status 2."""
-  message = ' '.join(str(error.args[0] if error.args else error).split())
+  message = ' '.join(plain(error).split())
   print(
     textwrap.fill(f'error: {message}', 100, break_long_words=False, break_on_hyphens=False),
     file=sys.stderr,
   )
   sys.exit(2)
+
+
+def plain(error: Exception) -> str:
+  """The message of an exception, without the traceback that ml_collections puts into some."""
+  text = str(error.args[0] if error.args and isinstance(error.args[0], str) else error)
+  if 'Traceback' in text:
+    text = text.strip().splitlines()[-1].partition(': ')[2]
+  if isinstance(error, AttributeError):  # of a ConfigDict: 'chanels' Did you mean "channels" ...
+    text = 'The config has no such key: ' + text.strip('"\'').replace('\\n', ' ').replace("\\'", '')
+  return text

@@ -36,6 +36,12 @@ def main():
       'No --config. Try --config=configs/multi.py:tiny (embedded faces, minutes on two cores), or '
       '--config=configs/multi.py for CelebAMask-HQ at 256 px.'
     )
+  path = config_flags.get_config_filename(flags.FLAGS['config'])
+  if not pathlib.Path(path.partition(':')[0]).is_file():
+    raise errors.UserError(
+      f'There is no config {path}. Run this command where the folder configs/ is (the checkout), and '
+      'give --config=configs/multi.py, say; a variant follows a colon.'
+    )
   # Imported here: --help and a bad flag should not wait for JAX.
   import jax
 
@@ -44,13 +50,12 @@ def main():
   if jax.config.jax_compilation_cache_dir is None:
     cache = pathlib.Path.home() / '.cache' / 'p2ldm' / 'xla'
     jax.config.update('jax_compilation_cache_dir', str(cache))
-  stages.run(_CONFIG.value, _WORKDIR.value or default_workdir(flags.FLAGS['config']))
+  stages.run(_CONFIG.value, _WORKDIR.value or default_workdir(path))
 
 
-def default_workdir(config_flag) -> str:
+def default_workdir(config_path: str) -> str:
   """configs/multi.py:tiny -> runs/multi_tiny."""
-  path, _, variant = config_flags.get_config_filename(config_flag), None, None
-  name, _, variant = pathlib.Path(path).name.partition(':')
+  name, _, variant = pathlib.Path(config_path).name.partition(':')
   return str(pathlib.Path('runs') / '_'.join(filter(None, (name.removesuffix('.py'), variant))))
 
 

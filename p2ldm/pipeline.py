@@ -92,6 +92,10 @@ class Pipeline:
     """
     return cls(model_directory.load(directory), dtype)
 
+  def replace_denoiser(self, params: dict):
+    """Draws with other parameters of the same denoiser from now on; nothing is compiled again."""
+    self._params = {**self._params, 'denoiser': params}
+
   def __call__(
     self, attributes=None, mask=None, num_images: int | None = None, **options
   ) -> list[Image.Image]:

@@ -5,12 +5,22 @@ import pathlib
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # Eight virtual devices, for the tests of sharding; everything else runs on the first.
-os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+os.environ['XLA_FLAGS'] = (
+  os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+)
 
+import jax
 import pytest
 
 from p2ldm.data import synthetic
 from p2ldm.prepare import prepare
+
+
+@pytest.fixture(scope='session', autouse=True)
+def compilation_cache(tmp_path_factory):
+  """Tests that restart a run compile its step once."""
+  jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('xla')))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 1.0)
 
 
 @pytest.fixture(scope='session')

@@ -48,8 +48,7 @@ def make_task(config, model: Autoencoder, dataset, mesh) -> Task:
     )
   # Each network has an optimizer of its own: the gradient clip of one must not look at the other.
   optimizer = optax.multi_transform(
-    {'autoencoder': adamw(training), 'discriminator': adamw(training)},
-    lambda params: {name: jax.tree.map(lambda _: name, tree) for name, tree in params.items()},
+    {'autoencoder': adamw(training), 'discriminator': adamw(training)}, label_networks
   )
 
   def init(key):
@@ -81,6 +80,15 @@ def make_task(config, model: Autoencoder, dataset, mesh) -> Task:
     evaluate=Evaluation(config, model, dataset, mesh),
     draw=functools.partial(draw_reconstructions, config, jax.jit(model.apply), dataset),
   )
+
+
+def label_networks(params: dict) -> dict:
+  """Each parameter's network, as `optax.multi_transform` asks for it."""
+
+  def label(name):
+    return jax.tree.map(lambda _: name, params[name])
+
+  return {name: label(name) for name in params}
 
 
 def train_step(state: TrainState, batch, key, perceptual, *, model, discriminator, loss, optimizer,

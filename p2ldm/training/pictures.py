@@ -1,15 +1,12 @@
 """The sample grids of a diffusion run: validation faces, their conditions, and what was drawn from them."""
 
-import jax
 import numpy as np
 
 from p2ldm import pictures
 from p2ldm.data.labels import UNSPECIFIED
 from p2ldm.data.latents import LatentCache
-from p2ldm.diffusion.guidance import branch_conditions, guidance_branches, guided
-from p2ldm.diffusion.samplers import image_keys, initial_noise, sample
 from p2ldm.interop.model_directory import ModelParts
-from p2ldm.models.denoiser import Denoiser
+from p2ldm.pipeline import Pipeline
 from p2ldm.training.state import TrainState
 
 SAMPLES_PER_CONDITION = 4
@@ -18,55 +15,48 @@ SAMPLES_PER_CONDITION = 4
 class SampleGrid:
   """Draws a few samples for each of the first validation faces; compiled once."""
 
-  def __init__(self, config, trained: ModelParts, cache: LatentCache, denoiser: Denoiser, schedule):
+  def __init__(self, config, cache: LatentCache, parts: ModelParts):
+    """Takes the run's config and cache, and the model with whatever parameters of the denoiser."""
+    self._sampling, self._seed = config.sampling, config.seed
+    self._takes = parts.config['denoiser']
     self._validation, self._schema = cache.splits['validation'], cache.schema
-    self._faces = np.arange(min(config.sampling.num_faces, self._validation.num_images))
-    settings, num_samples = config.sampling, SAMPLES_PER_CONDITION
-    branches = guidance_branches(settings.attributes_scale, settings.mask_scale, True, True)
-    autoencoder = trained.make_autoencoder(denoiser.dtype)
-    shape = self._validation.latent_shape
+    self._faces = self._pick(min(config.sampling.num_faces, self._validation.num_images))
+    self._pipeline = Pipeline(parts, config.compute_dtype)
 
-    def draw(params, decoder_params, attributes, mask):
-      attributes = attributes.repeat(num_samples, axis=0)
-      mask = mask.repeat(num_samples, axis=0)
-      keys = image_keys(config.seed, np.arange(len(mask)))
-      variables = {'params': params}
-      condition = denoiser.apply(
-        variables, *branch_conditions(branches, attributes, mask), method='condition'
-      )
-
-      def predict(x, timesteps, condition):
-        return denoiser.apply(variables, x, timesteps, condition, method='denoise')
-
-      latents = sample(
-        guided(predict, condition, [branch.weight for branch in branches]),
-        initial_noise(keys, shape),
-        keys,
-        schedule,
-        sampler=settings.sampler,
-        steps=settings.steps,
-        eta=settings.eta,
-        prediction=config.diffusion.prediction,
-      )
-      raw = cache.statistics.unwhiten(latents)
-      return autoencoder.apply({'params': decoder_params}, raw, method='decode')
-
-    self._draw = jax.jit(draw)
-    self._decoder_params = trained.autoencoder
+  def _pick(self, count: int) -> np.ndarray:
+    """Faces with a mask first: where only some have one, they show most."""
+    masks = self._validation.batch(np.arange(self._validation.num_images))['mask']
+    known = (masks != UNSPECIFIED).any(axis=(1, 2))
+    return np.argsort(~known, kind='stable')[:count]
 
   def __call__(self, state: TrainState) -> dict[str, np.ndarray]:
     """{'samples': the grid}, drawn with the moving average."""
     batch = self._validation.batch(self._faces)
-    images = self._draw(
-      state.ema_params['denoiser'], self._decoder_params, batch['attributes'], batch['mask']
+    attributes, mask = batch['attributes'], batch['mask']
+    if self._takes['attributes'] == 'none':
+      attributes = np.zeros_like(attributes)
+    if self._takes['mask'] == 'none':
+      mask = np.full_like(mask, UNSPECIFIED)
+    self._pipeline.replace_denoiser(state.ema_params['denoiser'])
+    faces = self._pipeline(
+      attributes.repeat(SAMPLES_PER_CONDITION, axis=0),
+      mask.repeat(SAMPLES_PER_CONDITION, axis=0),
+      len(mask) * SAMPLES_PER_CONDITION,
+      seed=self._seed,
+      steps=self._sampling.steps,
+      sampler=self._sampling.sampler,
+      eta=self._sampling.eta,
+      guidance={
+        'attributes': self._sampling.attributes_scale,
+        'mask': self._sampling.mask_scale,
+      },
     )
-    samples = np.asarray(images).reshape(len(self._faces), SAMPLES_PER_CONDITION, *images.shape[1:])
-    known = (batch['mask'] != UNSPECIFIED).any()
+    samples = np.stack([np.asarray(face) for face in faces])
     grid = pictures.condition_grid(
-      samples,
+      samples.reshape(len(mask), SAMPLES_PER_CONDITION, *samples.shape[1:]),
       self._schema,
-      attributes=batch['attributes'],
-      masks=batch['mask'] if known else None,
+      attributes=None if self._takes['attributes'] == 'none' else batch['attributes'],
+      masks=None if self._takes['mask'] == 'none' else batch['mask'],
       reference=self._validation.images(self._faces),
     )
     return {'samples': np.asarray(grid)}

@@ -41,6 +41,8 @@ def run(config, workdir):
   if unknown:
     raise UserError(f'config.stages names {unknown[0]!r}; the stages are {", ".join(STAGES)}.')
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+  if not (pathlib.Path(workdir) / 'latents' / 'meta.json').exists():
+    open_data(config)  # a missing or unfit data set is reported before anything is written
   workdir = open_workdir(workdir, config)
   trained = run_autoencoder(config, workdir, mesh)
   if 'latents' in config.stages:
@@ -93,7 +95,13 @@ def run_autoencoder(config, workdir, mesh) -> ModelParts:
       'denoiser': None,
       'diffusion': None,
       'schema': dataset.schema.to_dict(),
-      'provenance': {'step': int(state.step), 'data_set': config.data.dir, 'seed': config.seed},
+      'provenance': {
+        'step': int(state.step),
+        'data_set': config.data.dir,
+        'embedded': config.data.embedded_faces > 0,
+        'seed': config.seed,
+        'code_version': p2ldm.__version__,
+      },
     },
     autoencoder=jax.device_get(state.ema_params['autoencoder']),
     denoiser=None,
@@ -164,11 +172,14 @@ def run_diffusion(config, workdir, mesh, trained, cache):
     config.diffusion.num_timesteps, config.diffusion.beta_start, config.diffusion.beta_end
   )
 
-  def export(state):
-    parts = model_parts(config, trained, cache, fields, state)
-    model_directory.save(model_dir, parts)
+  def parts(params, step):
+    return model_parts(config, trained, cache, fields, params, step)
 
-  draw = SampleGrid(config, trained, cache, denoiser, schedule)
+  def export(state):
+    params = jax.device_get(state.ema_params['denoiser'])
+    model_directory.save(model_dir, parts(params, int(state.step)))
+
+  draw = SampleGrid(config, cache, parts({}, 0))
   task = diffusion_task.make_task(config, denoiser, schedule, cache, mesh, draw)
   export(loop.train(task, workdir, mesh, config.seed, on_checkpoint=export))
   print(f'The model is in {model_dir}; pictures are in {workdir / "diffusion" / "pictures"}.')
@@ -189,8 +200,8 @@ def denoiser_fields(config, cache: LatentCache) -> dict:
   }
 
 
-def model_parts(config, trained, cache, fields, state) -> ModelParts:
-  """What a model directory is made of, from the state of the diffusion task."""
+def model_parts(config, trained, cache, fields, denoiser, step: int) -> ModelParts:
+  """What a model directory is made of; denoiser is the parameters after `step` steps."""
   diffusion = config.diffusion
   return ModelParts(
     config={
@@ -203,7 +214,7 @@ def model_parts(config, trained, cache, fields, state) -> ModelParts:
       },
       'schema': cache.schema.to_dict(),
       'provenance': {
-        'step': int(state.step),
+        'step': step,
         'num_steps': diffusion.training.num_steps,
         'data_set': config.data.dir,
         'embedded': config.data.embedded_faces > 0,
@@ -215,7 +226,7 @@ def model_parts(config, trained, cache, fields, state) -> ModelParts:
       },
     },
     autoencoder=trained.autoencoder,
-    denoiser=jax.device_get(state.ema_params['denoiser']),
+    denoiser=denoiser,
   )
 
 

@@ -1,0 +1,60 @@
+"""The layout's promises: imports point backwards along the data's way, TensorFlow stays in its place."""
+
+import ast
+import pathlib
+
+import pytest
+
+import p2ldm
+
+ROOT = pathlib.Path(p2ldm.__file__).parent
+MODULES = sorted(ROOT.rglob('*.py'))
+# Each may import what stands before it, and itself.
+ORDER = ('errors', 'data', 'models', 'diffusion', 'interop', 'pictures', 'conditions', 'pipeline',
+         'training', 'commands')  # fmt: skip
+COMMANDS = ('main', 'prepare', 'sample')
+TENSORFLOW = ('data/input_pipeline.py', 'data/celebamask_hq.py')
+
+
+def layer(parts: tuple[str, ...]) -> str:
+  name = parts[0].removesuffix('.py')
+  return 'commands' if name in COMMANDS else name
+
+
+def imported(path: pathlib.Path):
+  """Dotted names of all imports in a file, those inside of functions too."""
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      yield from (f'{node.module}.{alias.name}' for alias in node.names)
+
+
+@pytest.mark.parametrize('path', MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_backwards(path):
+  here = layer(path.relative_to(ROOT).parts)
+  if here == '__init__':
+    return
+  for name in imported(path):
+    parts = name.split('.')
+    if parts[0] != 'p2ldm' or len(parts) < 2 or parts[1] == '__version__':
+      continue
+    there = layer(tuple(parts[1:]))
+    # The embedded faces are prepared by the very command that prepares real ones.
+    if (here, there) == ('training', 'commands') and parts[1] == 'prepare':
+      continue
+    if there in ORDER:
+      assert ORDER.index(there) <= ORDER.index(here), f'{path.name} imports {name}'
+
+
+@pytest.mark.parametrize('path', MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_only_the_input_pipeline_imports_tensorflow(path):
+  names = {name.split('.')[0] for name in imported(path)}
+  names |= {'tensorflow' for name in imported(path) if name.startswith('clu.metric_writers')}
+  if str(path.relative_to(ROOT)) not in TENSORFLOW:
+    assert not names & {'tensorflow', 'tensorflow_datasets'}
+
+
+def test_every_key_of_a_config_is_read_by_name():
+  for path in MODULES:
+    assert 'config.get(' not in path.read_text(), path
