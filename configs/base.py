@@ -134,8 +134,8 @@ def get_config() -> ConfigDict:
         'sampler': 'ddim',  # 'ddpm', 'ddim' or 'dpmpp_2m'
         'steps': 50,
         'eta': 0.0,
-        'attributes_scale': 2.0,
-        'mask_scale': 2.0,
+        'attributes_scale': 3.0,
+        'mask_scale': 1.5,
         'num_faces': 8,
       },
     }

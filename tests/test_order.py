@@ -25,7 +25,7 @@ def test_the_stream_does_not_depend_on_the_batch_size():
 
 
 def test_a_batch_may_span_several_epochs():
-  indices, flips = batch_examples(0, 1, 25, 4, True)
+  indices, flips = batch_examples(0, 0, 25, 4, True)  # six epochs and one example
   assert indices.shape == flips.shape == (25,)
   assert sorted(np.bincount(indices)) == [6, 6, 6, 7]
 
