@@ -3,7 +3,7 @@
 import sys
 import textwrap
 
-from absl import app, flags
+from absl import app, flags, logging
 
 
 class UserError(ValueError):
@@ -33,6 +33,7 @@ def run(main, flags_parser=None):
     return rest
 
   def guarded(_):
+    logging.set_verbosity(logging.WARNING)  # TFDS and Orbax report every file they touch
     try:
       main()
     except UserError as error:

@@ -30,7 +30,7 @@ def shrink(config, data_dir):
   config.data.update({'dir': str(data_dir), 'image_size': 32, 'embedded_faces': 0})
   config.autoencoder.model.update({'channels': 32, 'channel_multipliers': (1, 1, 1)})
   config.denoiser.condition_encoder.update({'width': 32, 'num_layers': 1})
-  config.denoiser.unet.update({'channel_multipliers': (1,), 'attention_factors': (1,)})
+  config.denoiser.unet.update({'channel_multipliers': (1,), 'attention_factors': ()})
   for training in (config.autoencoder.training, config.diffusion.training):
     training.update({'batch_size': 8, 'num_steps': 2, 'evaluation_faces': 4})
   config.latents.batch_size = 8

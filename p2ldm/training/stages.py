@@ -124,6 +124,7 @@ def run_latents(config, workdir, mesh, trained) -> LatentCache:
     return cache
   from p2ldm.data.input_pipeline import ordered_batches
 
+  sharding.check_batch_size(config.latents.batch_size, mesh, 'latents.batch_size')
   dataset = open_data(config)
   origin['data set'] = dataset.fingerprint
   splits = {
@@ -163,7 +164,7 @@ def run_diffusion(config, workdir, mesh, trained, cache):
   """Trains the diffusion model and exports it as WORKDIR/model."""
   num_steps = config.diffusion.training.num_steps
   model_dir = workdir / 'model'
-  if loop.finished(workdir / 'diffusion', num_steps) and (model_dir / 'config.json').exists():
+  if loop.finished(workdir / 'diffusion', num_steps) and exported_step(model_dir) == num_steps:
     print(f'diffusion: complete in {workdir / "diffusion"}; the model is in {model_dir}')
     return
   fields = denoiser_fields(config, cache)
@@ -183,6 +184,12 @@ def run_diffusion(config, workdir, mesh, trained, cache):
   task = diffusion_task.make_task(config, denoiser, schedule, cache, mesh, draw)
   export(loop.train(task, workdir, mesh, config.seed, on_checkpoint=export))
   print(f'The model is in {model_dir}; pictures are in {workdir / "diffusion" / "pictures"}.')
+
+
+def exported_step(model_dir: pathlib.Path) -> int | None:
+  """The training step of the model in a directory, None if there is no model."""
+  record = model_dir / 'config.json'
+  return json.loads(record.read_text())['provenance']['step'] if record.exists() else None
 
 
 def denoiser_fields(config, cache: LatentCache) -> dict:
