@@ -1,6 +1,6 @@
 """The paper's model on paper: parameters, and the compiler's own memory of its train step.
 
-  python benchmarks/paper_scale.py --config=configs/multi.py --devices=8 --fsdp=8
+  python -m benchmarks.paper_scale --config=configs/multi.py --devices=8 --fsdp=8
 
 Lowers and compiles the diffusion train step of a config for virtual CPU devices; no array is allocated.
 Prints one JSON line. `bytes_per_device` is what the compiler says of one device's program: arguments

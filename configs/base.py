@@ -23,14 +23,14 @@ def get_config() -> ConfigDict:
       'data': {
         'dir': 'data/celebamask_hq_256',  # what `python -m p2ldm.prepare` wrote
         'image_size': 256,  # H = W of the prepared images
-        'flip': True,  # mirror every other face, left and right classes swapped
+        'flip': True,  # mirror half of the faces at random, left and right classes swapped
         'train_split': 'train',
         'validation_split': 'validation',
         # More than 0: if `dir` does not exist, render this many synthetic faces and prepare them.
         'embedded_faces': 0,
       },
       'autoencoder': {
-        # A model directory whose autoencoder is used; '' trains one.
+        # A model directory or a workdir whose autoencoder is used; '' trains one.
         'pretrained': '',
         'model': {
           'channels': 128,

@@ -19,8 +19,8 @@ from p2ldm.prepare import prepare
 @pytest.fixture(scope='session', autouse=True)
 def compilation_cache(tmp_path_factory):
   """Tests that restart a run compile its step once."""
-  jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.mktemp('xla')))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 1.0)
+  jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.getbasetemp().parent / 'xla'))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
 
 
 @pytest.fixture(scope='session')

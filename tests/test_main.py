@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -26,7 +27,7 @@ CONFIGS = {
 
 
 def shrink(config, data_dir):
-  """Two steps of everything, on the faces of the test fixtures, on one device."""
+  """Two steps of everything, on the faces of the test fixtures and all eight devices."""
   config.data.update({'dir': str(data_dir), 'image_size': 32, 'embedded_faces': 0})
   config.autoencoder.model.update({'channels': 32, 'channel_multipliers': (1, 1, 1)})
   config.denoiser.condition_encoder.update({'width': 32, 'num_layers': 1})
@@ -78,6 +79,15 @@ def test_run_again_it_finds_everything_done(run, prepared_faces, capsys):
   assert model.stat().st_mtime_ns == before
 
 
+def test_a_model_older_than_the_last_checkpoint_is_written_again(run, prepared_faces):
+  record = run / 'model' / 'config.json'
+  config = json.loads(record.read_text())
+  config['provenance']['step'] = 1
+  record.write_text(json.dumps(config))
+  stages.run(shrink(multi.get_config('tiny'), prepared_faces), run)
+  assert json.loads(record.read_text())['provenance']['step'] == 2
+
+
 def test_another_architecture_in_the_same_workdir_is_refused(run, prepared_faces):
   config = shrink(multi.get_config('tiny'), prepared_faces)
   config.denoiser.unet.channels = 96
@@ -86,7 +96,8 @@ def test_another_architecture_in_the_same_workdir_is_refused(run, prepared_faces
 
 
 def test_an_autoencoder_run_serves_other_runs(prepared_faces, tmp_path):
-  stages.run(shrink(autoencoder.get_config('tiny'), prepared_faces), tmp_path / 'autoencoder')
+  shared = shrink(autoencoder.get_config('tiny'), prepared_faces)
+  stages.run(shared, tmp_path / 'autoencoder')
   config = shrink(unconditional.get_config('tiny'), prepared_faces)
   config.autoencoder.pretrained = str(tmp_path / 'autoencoder')
   stages.run(config, tmp_path / 'unconditional')
@@ -123,7 +134,10 @@ def test_training_from_cached_latents_needs_no_tensorflow(run, prepared_faces, t
   (workdir).mkdir()
   os.symlink(run / 'latents', workdir / 'latents')
   arguments = [sys.executable, '-c', WITHOUT_TENSORFLOW, str(workdir), config.to_json()]
-  result = subprocess.run(arguments, capture_output=True, text=True, cwd=REPOSITORY, check=False)
+  cache = {'JAX_COMPILATION_CACHE_DIR': jax.config.jax_compilation_cache_dir}
+  result = subprocess.run(
+    arguments, capture_output=True, text=True, cwd=REPOSITORY, check=False, env=os.environ | cache
+  )
   assert 'trained without TensorFlow' in result.stdout, result.stderr[-3000:]
   assert (workdir / 'model' / 'denoiser.safetensors').exists()
 
@@ -166,6 +180,33 @@ def test_a_missing_data_set_is_reported_with_what_to_do(tmp_path):
   assert 'python -m p2ldm.prepare' in str(error.value)
   assert 'configs/multi.py:tiny' in str(error.value)
   assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+  'key, value, words',
+  [
+    ('diffusion.training.batch_size', 12, r'diffusion\.training\.batch_size = 12'),
+    ('diffusion.weighting', 'p3', 'p3'),
+    ('sampling.sampler', 'euler', 'ddim'),
+    ('stages', ('autoencoder', 'difusion'), 'difusion'),
+    ('autoencoder.pretrained', '/nowhere', '/nowhere'),
+    ('mesh.fsdp', 3, 'do not multiply'),
+  ],
+)
+def test_a_config_that_cannot_run_is_refused_at_once(prepared_faces, tmp_path, key, value, words):
+  config = shrink(multi.get_config('tiny'), prepared_faces)
+  with config.unlocked():
+    config.update_from_flattened_dict({key: value})
+  with pytest.raises(UserError, match=words):
+    stages.run(config, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
+def test_a_stage_left_out_must_be_complete(prepared_faces, tmp_path):
+  config = shrink(multi.get_config('tiny'), prepared_faces)
+  config.stages = ('diffusion',)
+  with pytest.raises(UserError, match='leaves the autoencoder out'):
+    stages.run(config, tmp_path / 'run')
 
 
 def test_a_data_set_of_another_size_is_refused(prepared_faces, tmp_path):

@@ -136,7 +136,9 @@ class LatentCache:
         )
 
 
-def build(directory, splits: dict, encode, schema: LabelSchema, origin: dict) -> LatentCache:
+def build(
+  directory, splits: dict, encode, schema: LabelSchema, origin: dict, about: dict | None = None
+) -> LatentCache:
   """Encodes the faces of every split and their mirror images.
 
   Args:
@@ -145,6 +147,7 @@ def build(directory, splits: dict, encode, schema: LabelSchema, origin: dict) ->
     encode: image (B, H, W, 3) float32 in [-1, 1] -> raw latent (B, h, w, C) float32.
     schema: saved with the cache.
     origin: {what: fingerprint}, e.g. of the autoencoder and the data set.
+    about: what else meta.json shall hold.
 
   Returns:
     The cache, opened.
@@ -160,6 +163,7 @@ def build(directory, splits: dict, encode, schema: LabelSchema, origin: dict) ->
   mean, std = measure(np.load(partial / 'train' / 'latents.npy', mmap_mode='r'))
   schema.save(partial / 'schema.json')
   meta = {
+    **(about or {}),
     'splits': {name: count for name, (count, _) in splits.items()},
     'mean': [float(x) for x in mean],
     'std': [float(x) for x in std],

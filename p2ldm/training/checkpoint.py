@@ -1,9 +1,9 @@
 """Checkpoints: Orbax, written while training goes on, restored bit for bit onto any mesh."""
 
+import pathlib
+
 import jax
 import orbax.checkpoint as ocp
-from absl import logging
-from etils import epath
 
 from p2ldm.errors import UserError
 
@@ -13,8 +13,7 @@ class Checkpoints:
 
   def __init__(self, directory, keep: int = 3):
     """Opens (and makes) `directory`; the newest `keep` checkpoints are kept."""
-    self.directory = epath.Path(directory).absolute() if '://' not in str(directory) else directory
-    logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO
+    self.directory = pathlib.Path(directory).absolute()
     self._manager = ocp.CheckpointManager(
       self.directory,
       options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True),

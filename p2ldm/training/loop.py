@@ -23,9 +23,7 @@ from p2ldm.training.state import TrainState
 from p2ldm.training.task import Task
 
 
-def train(
-  task: Task, workdir, mesh: jax.sharding.Mesh, seed: int, on_checkpoint=None
-) -> TrainState:
+def train(task: Task, workdir, mesh: jax.sharding.Mesh, seed: int, export=None) -> TrainState:
   """Trains a task from its newest checkpoint (or from nothing) to its last step.
 
   Args:
@@ -33,7 +31,7 @@ def train(
     workdir: checkpoints, metrics and pictures go to workdir/task.name.
     mesh: from `sharding.make_mesh`.
     seed: of the initialisation and of every step's noise.
-    on_checkpoint: called with the state whenever pictures are due, e.g. to export the model.
+    export: called with the state whenever pictures are due, to write the model.
 
   Returns:
     The state after the last step.
@@ -68,17 +66,17 @@ def train(
     )
     step_key, frozen = jax.device_put((step_key, task.frozen), replicated)
     task = dataclasses.replace(task, frozen=frozen)
-    return run(task, state, step_fn, step_key, directory, mesh, checkpoints, on_checkpoint)
+    return run(task, state, step_fn, step_key, directory, mesh, checkpoints, export)
   finally:
     checkpoints.close()
 
 
-def run(task, state, step_fn, key, directory, mesh, checkpoints, on_checkpoint):
+def run(task, state, step_fn, key, directory, mesh, checkpoints, export):
   """The steps themselves: dispatches step n, then reads the metrics of step n - 1."""
   training = task.training
   first, last = int(state.step), training.num_steps
   is_main = jax.process_index() == 0
-  writer = MetricWriter(directory) if is_main else None
+  writer = MetricWriter(directory, first) if is_main else None
   log = StepLog(training.batch_size, training.log_every, first, writer)
   bar = tqdm(
     total=last, initial=first, desc=task.name, unit='step', disable=not is_main, smoothing=0.05
@@ -103,8 +101,6 @@ def run(task, state, step_fn, key, directory, mesh, checkpoints, on_checkpoint):
       ):
         log.add(step, pending, bar)  # nothing non-finite is saved or drawn
         pending = None
-      if due(step, training.checkpoint_every):
-        checkpoints.save(step, state)
       if due(step, training.evaluate_every):
         values = task.evaluate(state, task.frozen)
         if is_main:
@@ -116,8 +112,11 @@ def run(task, state, step_fn, key, directory, mesh, checkpoints, on_checkpoint):
           for name, picture in pictures.items():
             save_picture(directory / 'pictures' / f'{name}_{step:07d}.png', picture)
             writer.image(step, name, picture)
-        if on_checkpoint:
-          on_checkpoint(state)
+        if export:
+          export(state)
+      # Last: a run killed during the above makes up for it when it starts again.
+      if due(step, training.checkpoint_every):
+        checkpoints.save(step, state)
       if due(step, training.evaluate_every) or due(step, training.sample_every):
         log.restart_clock()
   finally:
@@ -160,7 +159,7 @@ class StepLog:
     for name, value in metrics.items():
       self._window[name].append(value)
     self._timed += 1
-    if step % self._every == 0:
+    if self._every > 0 and step % self._every == 0:
       means = {name: float(np.mean(values)) for name, values in self._window.items()}
       seconds = (time.perf_counter() - self._clock) / max(1, self._timed)
       means['images_per_second'] = self._batch_size / seconds

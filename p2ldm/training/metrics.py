@@ -12,7 +12,7 @@ import time
 import numpy as np
 from clu import metrics as clu_metrics
 from PIL import Image
-from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
@@ -20,12 +20,24 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 class MetricWriter:
   """Writes the metrics of one task; every call carries the step it belongs to."""
 
-  def __init__(self, directory):
-    """Opens the event file and metrics.jsonl in `directory`; a resumed run appends."""
+  def __init__(self, directory, first_step: int):
+    """Opens the event file and metrics.jsonl in `directory`.
+
+    Args:
+      directory: the task's.
+      first_step: the step a run goes on from; what an interrupted run wrote beyond it is dropped.
+    """
     path = pathlib.Path(directory)
     path.mkdir(parents=True, exist_ok=True)
     self._events = EventFileWriter(str(path), flush_secs=20)
-    self._lines = (path / 'metrics.jsonl').open('a')
+    start = SessionLog(status=SessionLog.START)
+    self._events.add_event(Event(step=first_step + 1, wall_time=time.time(), session_log=start))
+    file = path / 'metrics.jsonl'
+    if file.exists():
+      rows = [row for row in file.read_text().splitlines() if row.endswith('}')]
+      kept = [row for row in rows if json.loads(row)['step'] <= first_step]
+      file.write_text(''.join(f'{row}\n' for row in kept))
+    self._lines = file.open('a')
 
   def scalars(self, step: int, values: dict):
     """Writes named numbers."""

@@ -13,7 +13,9 @@ import numpy as np
 
 import p2ldm
 from p2ldm.data.latents import LatentCache, build
-from p2ldm.diffusion.schedule import make_schedule
+from p2ldm.diffusion.loss import loss_weights
+from p2ldm.diffusion.samplers import SAMPLERS
+from p2ldm.diffusion.schedule import Schedule, make_schedule, spaced_timesteps
 from p2ldm.errors import UserError
 from p2ldm.interop import model_directory
 from p2ldm.interop.model_directory import ModelParts
@@ -22,7 +24,7 @@ from p2ldm.models.denoiser import Denoiser
 from p2ldm.models.layers import resolve_dtype
 from p2ldm.training import diffusion_task, loop, sharding
 from p2ldm.training.pictures import SampleGrid
-from p2ldm.training.workdir import open_workdir
+from p2ldm.training.workdir import check_origin, open_workdir
 
 STAGES = ('autoencoder', 'latents', 'diffusion')
 
@@ -37,18 +39,54 @@ def run(config, workdir):
   Raises:
     UserError: the config, the data set or the workdir is at fault.
   """
-  unknown = [stage for stage in config.stages if stage not in STAGES]
-  if unknown:
-    raise UserError(f'config.stages names {unknown[0]!r}; the stages are {", ".join(STAGES)}.')
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+  validate(config, mesh)
   if not (pathlib.Path(workdir) / 'latents' / 'meta.json').exists():
     open_data(config)  # a missing or unfit data set is reported before anything is written
   workdir = open_workdir(workdir, config)
   trained = run_autoencoder(config, workdir, mesh)
-  if 'latents' in config.stages:
+  if 'latents' in config.stages or 'diffusion' in config.stages:
     cache = run_latents(config, workdir, mesh, trained)
-    if 'diffusion' in config.stages:
-      run_diffusion(config, workdir, mesh, trained, cache)
+  if 'diffusion' in config.stages:
+    run_diffusion(config, workdir, mesh, trained, cache)
+
+
+def validate(config, mesh):
+  """Raises `UserError` for what can be told to be wrong before hours are spent on it."""
+  unknown = [stage for stage in config.stages if stage not in STAGES]
+  if unknown:
+    raise UserError(f'config.stages names {unknown[0]!r}; the stages are {", ".join(STAGES)}.')
+  if jax.process_count() > 1:
+    raise UserError(
+      f'This is one of {jax.process_count()} processes, and training runs on the devices of one host.'
+    )
+  for key in ('autoencoder.training', 'latents', 'diffusion.training'):
+    section = config
+    for name in key.split('.'):
+      section = section[name]
+    sharding.check_batch_size(section.batch_size, mesh, f'{key}.batch_size')
+  schedule = noise_schedule(config)
+  loss_weights(schedule, config.diffusion)
+  if config.sampling.sampler not in SAMPLERS:
+    raise UserError(
+      f'sampling.sampler is {config.sampling.sampler!r}; choose from {", ".join(SAMPLERS)}.'
+    )
+  spaced_timesteps(schedule.num_timesteps, config.sampling.steps)
+  pretrained = config.autoencoder.pretrained
+  if pretrained:
+    model_directory.find(autoencoder_directory(pretrained))
+
+
+def noise_schedule(config) -> Schedule:
+  """The schedule of a config's diffusion section."""
+  diffusion = config.diffusion
+  return make_schedule(diffusion.num_timesteps, diffusion.beta_start, diffusion.beta_end)
+
+
+def autoencoder_directory(path) -> pathlib.Path:
+  """Where the autoencoder lies: in a workdir its folder, else the model directory itself."""
+  path = pathlib.Path(path)
+  return path / 'autoencoder' if (path / 'autoencoder').is_dir() else path
 
 
 def open_data(config):
@@ -60,7 +98,7 @@ def open_data(config):
     from p2ldm.prepare import prepare_embedded
 
     prepare_embedded(path, config.data.embedded_faces, config.data.image_size, config.seed)
-  dataset = open_dataset(path)
+  dataset = open_dataset(path, config.data.image_size)
   if dataset.image_size != config.data.image_size:
     raise UserError(
       f'The data set {path} was prepared at {dataset.image_size} px, but data.image_size is '
@@ -72,21 +110,24 @@ def open_data(config):
 def run_autoencoder(config, workdir, mesh) -> ModelParts:
   """Loads the pretrained autoencoder, or the workdir's, or trains one."""
   if config.autoencoder.pretrained:
-    path = pathlib.Path(config.autoencoder.pretrained)
-    return model_directory.load(path / 'autoencoder' if (path / 'autoencoder').is_dir() else path)
-  directory = workdir / 'autoencoder'
-  complete = loop.finished(directory, config.autoencoder.training.num_steps)
-  if complete and (directory / 'model').exists():
+    return model_directory.load(autoencoder_directory(config.autoencoder.pretrained))
+  directory, num_steps = workdir / 'autoencoder', config.autoencoder.training.num_steps
+  if loop.finished(directory, num_steps) and exported_step(directory / 'model') == num_steps:
     print(f'autoencoder: complete in {directory}')
     return model_directory.load(directory)
+  if 'autoencoder' not in config.stages:
+    raise UserError(
+      f'config.stages leaves the autoencoder out, but {directory} holds no complete one. Add '
+      "'autoencoder' to config.stages, or set config.autoencoder.pretrained."
+    )
   fields = config.autoencoder.model.to_dict()
   model = Autoencoder(**fields, dtype=resolve_dtype(config.compute_dtype))
   from p2ldm.training import autoencoder_task  # needs TensorFlow
 
   dataset = open_data(config)
-  state = loop.train(
-    autoencoder_task.make_task(config, model, dataset, mesh), workdir, mesh, config.seed
-  )
+  check_origin(directory, {'data set': dataset.fingerprint})
+  task = autoencoder_task.make_task(config, model, dataset, mesh)
+  state = loop.train(task, workdir, mesh, config.seed)
   parts = ModelParts(
     config={
       'image_size': config.data.image_size,
@@ -98,7 +139,7 @@ def run_autoencoder(config, workdir, mesh) -> ModelParts:
       'provenance': {
         'step': int(state.step),
         'data_set': config.data.dir,
-        'embedded': config.data.embedded_faces > 0,
+        'embedded': dataset.embedded,
         'seed': config.seed,
         'code_version': p2ldm.__version__,
       },
@@ -122,9 +163,12 @@ def run_latents(config, workdir, mesh, trained) -> LatentCache:
     cache.check_origin(origin, directory)
     print(f'latents: complete in {directory}')
     return cache
+  if 'latents' not in config.stages:
+    raise UserError(
+      f"config.stages leaves the latents out, but {directory} holds none. Add 'latents' to config.stages."
+    )
   from p2ldm.data.input_pipeline import ordered_batches
 
-  sharding.check_batch_size(config.latents.batch_size, mesh, 'latents.batch_size')
   dataset = open_data(config)
   origin['data set'] = dataset.fingerprint
   splits = {
@@ -135,7 +179,8 @@ def run_latents(config, workdir, mesh, trained) -> LatentCache:
     )
   }
   encode = Encoder(trained, config.latents.batch_size, resolve_dtype(config.compute_dtype), mesh)
-  cache = build(directory, splits, encode, dataset.schema, origin)
+  about = {'embedded': dataset.embedded, 'split_scheme': dataset.split_scheme}
+  cache = build(directory, splits, encode, dataset.schema, origin, about)
   print(f'latents: mean {cache.statistics.mean}, standard deviation {cache.statistics.std}')
   return cache
 
@@ -169,9 +214,8 @@ def run_diffusion(config, workdir, mesh, trained, cache):
     return
   fields = denoiser_fields(config, cache)
   denoiser = Denoiser(**fields, dtype=resolve_dtype(config.compute_dtype))
-  schedule = make_schedule(
-    config.diffusion.num_timesteps, config.diffusion.beta_start, config.diffusion.beta_end
-  )
+  schedule = noise_schedule(config)
+  check_origin(workdir / 'diffusion', cache.meta['origin'])
 
   def parts(params, step):
     return model_parts(config, trained, cache, fields, params, step)
@@ -182,7 +226,7 @@ def run_diffusion(config, workdir, mesh, trained, cache):
 
   draw = SampleGrid(config, cache, parts({}, 0))
   task = diffusion_task.make_task(config, denoiser, schedule, cache, mesh, draw)
-  export(loop.train(task, workdir, mesh, config.seed, on_checkpoint=export))
+  export(loop.train(task, workdir, mesh, config.seed, export))
   print(f'The model is in {model_dir}; pictures are in {workdir / "diffusion" / "pictures"}.')
 
 
@@ -224,7 +268,8 @@ def model_parts(config, trained, cache, fields, denoiser, step: int) -> ModelPar
         'step': step,
         'num_steps': diffusion.training.num_steps,
         'data_set': config.data.dir,
-        'embedded': config.data.embedded_faces > 0,
+        'embedded': cache.meta['embedded'],
+        'split_scheme': cache.meta['split_scheme'],
         'origin': cache.meta['origin'],
         'faces': cache.meta['splits'],
         'seed': config.seed,

@@ -61,10 +61,12 @@ def learning_rate_schedule(training) -> optax.Schedule:
   """Linear warm-up to `learning_rate`, then a cosine to `final_learning_rate` at the last step."""
   warmup = min(training.warmup_steps, training.num_steps)
   peak, final = training.learning_rate, training.final_learning_rate
-  cosine = optax.cosine_decay_schedule(
-    peak, max(1, training.num_steps - warmup), alpha=final / peak if peak else 0.0
-  )
-  return optax.join_schedules([optax.linear_schedule(0.0, peak, max(1, warmup)), cosine], [warmup])
+  decay = optax.constant_schedule(peak)
+  if final != peak:
+    decay = optax.cosine_decay_schedule(
+      peak, max(1, training.num_steps - warmup), alpha=final / peak
+    )
+  return optax.join_schedules([optax.linear_schedule(0.0, peak, max(1, warmup)), decay], [warmup])
 
 
 def adamw(training) -> optax.GradientTransformation:

@@ -33,6 +33,8 @@ def open_workdir(path, config) -> pathlib.Path:
   Raises:
     UserError: the workdir belongs to another run; the message names the first key that differs.
   """
+  if '://' in str(path):
+    raise UserError(f'The workdir {path} is not a local folder; buckets are not supported yet.')
   path = pathlib.Path(path)
   record = path / 'config.json'
   now = json.loads(config.to_json())
@@ -52,6 +54,31 @@ def open_workdir(path, config) -> pathlib.Path:
   except OSError as error:
     raise UserError(f'Cannot write to the workdir {path}: {error.strerror}.') from error
   return path
+
+
+def check_origin(directory: pathlib.Path, origin: dict):
+  """Ties what is trained in `directory` to what it is trained on.
+
+  Args:
+    directory: of a task; made if need be.
+    origin: {what: fingerprint}; the first call writes it, later ones compare.
+
+  Raises:
+    UserError: the training there was begun on something else.
+  """
+  record = directory / 'origin.json'
+  if not record.exists():
+    directory.mkdir(parents=True, exist_ok=True)
+    partial = record.with_suffix('.partial')
+    partial.write_text(json.dumps(origin, indent=1) + '\n')
+    partial.rename(record)
+  then = json.loads(record.read_text())
+  for name, fingerprint in origin.items():
+    if then.get(name) != fingerprint:
+      raise UserError(
+        f'The training in {directory} was begun on another {name} than this run has. Delete that folder '
+        'to train anew, or choose another --workdir.'
+      )
 
 
 def differences(old: dict, new: dict, prefix: str = ''):
