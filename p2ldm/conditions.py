@@ -134,14 +134,14 @@ def _ids_from_image(image: Image.Image, schema: LabelSchema, name: str) -> np.nd
     ids = np.asarray(image.convert('RGBA'))
     transparent = ids[..., 3] == 0
     colors = np.where(transparent[..., None], _color(schema, UNSPECIFIED), ids[..., :3])
-    return schema.ids_from_colors(colors.astype(np.uint8))
+    return schema.ids_from_colors(colors.astype(np.uint8), name)
   if image.mode == 'P':
     used = np.unique(np.asarray(image))
     colors = np.asarray(image.convert('RGB'))
     known = {tuple(map(int, _color(schema, i))) for i in (*range(schema.num_classes), UNSPECIFIED)}
     palette = np.array(image.getpalette('RGB')).reshape(-1, 3)
     if all(i < len(palette) and tuple(map(int, palette[i])) in known for i in used):
-      return schema.ids_from_colors(colors)
+      return schema.ids_from_colors(colors, name)
   elif not (image.mode in ('1', 'L', 'I') or image.mode.startswith('I;16')):
     raise UserError(
       f'{name} is an image of mode {image.mode}. Save it with one channel of class ids (mode L), a '
@@ -152,7 +152,7 @@ def _ids_from_image(image: Image.Image, schema: LabelSchema, name: str) -> np.nd
 
 def _ids_from_array(array: np.ndarray, schema: LabelSchema, name: str) -> np.ndarray:
   if array.ndim == 3 and array.shape[-1] == 3 and array.dtype == np.uint8:
-    return schema.ids_from_colors(array)
+    return schema.ids_from_colors(array, name)
   if array.ndim not in (2, 3) or not array.size:
     raise UserError(
       f'{name} has shape {array.shape}; give class ids (height, width) for all images or '

@@ -26,6 +26,13 @@ def run(main, flags_parser=None):
       rest = flags_parser(argv) if flags_parser else flags.FLAGS(argv)
     except (flags.Error, UserError, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
       fail(e)
+    except ImportError as e:  # a config is Python, and imports its neighbours
+      fail(
+        UserError(
+          f'Cannot load the config {_config_path(argv)} ({e}): run this command in the checkout, where '
+          'the folder configs/ is.'
+        )
+      )
     if len(rest) > 1 and not flags_parser:
       fail(
         UserError(f'Unexpected arguments: {" ".join(rest[1:])}. Options start with --; see --help.')
@@ -45,6 +52,15 @@ def run(main, flags_parser=None):
       sys.exit(130)
 
   app.run(guarded, flags_parser=parse)
+
+
+def _config_path(argv: list[str]) -> str:
+  """What --config is set to, '' where it is not."""
+  for argument, following in zip(argv, [*argv[1:], ''], strict=True):
+    name, equals, value = argument.partition('=')
+    if name in ('--config', '-config'):
+      return value if equals else following
+  return ''
 
 
 def describe_command(introduction: str | None) -> str:

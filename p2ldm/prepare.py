@@ -14,7 +14,7 @@ import pathlib
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from absl import flags
 from tqdm import tqdm
@@ -39,7 +39,7 @@ def prepare(
   skip_bad: bool = False,
   resample: str = 'lanczos',
   overwrite: bool = False,
-  source: str | None = None,
+  entries: Mapping | None = None,
 ) -> dict:
   """Prepares a data set.
 
@@ -52,7 +52,7 @@ def prepare(
     skip_bad: leave out faces with missing or damaged files, and list them, instead of stopping.
     resample: 'lanczos' or 'area', for images; masks take the nearest label.
     overwrite: replace a prepared data set at `out`.
-    source: what the report names as the source, by default `raw`.
+    entries: further entries of the report; they replace its own, as "source", which is `raw`.
 
   Returns:
     The report, as written to prepare.json.
@@ -107,7 +107,8 @@ def prepare(
       notes.append(f'{upscaled} images were smaller than {image_size} px and have been enlarged.')
     report = {
       'format': 1,
-      'source': source or str(raw),
+      'source': str(raw),
+      'embedded': False,
       'layout': faces.layout,
       'image_size': image_size,
       'resample': resample,
@@ -118,6 +119,7 @@ def prepare(
       'notes': notes,
       'fingerprint': builder.fingerprint,
       'code_version': p2ldm.__version__,
+      **(entries or {}),
     }
     faces.schema.save(builder.data_path / 'schema.json')
     (builder.data_path / 'prepare.json').write_text(json.dumps(report, indent=1) + '\n')
@@ -135,7 +137,7 @@ def prepare_embedded(out, num_faces: int, image_size: int, seed: int = 0) -> dic
     seed: of the renderer.
 
   Returns:
-    The report, as `prepare` gives it.
+    The report, as `prepare` gives it, with "embedded" true, and "seed" and "num_faces" besides.
 
   Raises:
     UserError: `out` exists, or the numbers are out of range.
@@ -150,8 +152,13 @@ def prepare_embedded(out, num_faces: int, image_size: int, seed: int = 0) -> dic
   with tempfile.TemporaryDirectory(prefix=f'{out.name}.raw-', dir=out.absolute().parent) as work:
     raw = pathlib.Path(work) / 'raw'
     synthetic.write_raw(raw, num_faces, 2 * image_size, seed)
-    source = f'{num_faces} embedded synthetic faces, seed {seed}'
-    return prepare(raw, out, image_size, split_scheme='last_tenth', source=source)
+    entries = {
+      'source': 'embedded synthetic faces',
+      'embedded': True,
+      'seed': seed,
+      'num_faces': num_faces,
+    }
+    return prepare(raw, out, image_size, split_scheme='last_tenth', entries=entries)
 
 
 def _check_out(raw: pathlib.Path | None, out: pathlib.Path, overwrite: bool):

@@ -195,7 +195,8 @@ def main():
     batch_size=values.batch_size,
     progress=True,
   )
-  print(f'{values.num_images} faces in {values.out}; {values.out}/grid.png shows them all.')
+  shown = 'them all' if values.num_images <= _GRID_FACES else f'the first {_GRID_FACES}'
+  print(f'{values.num_images} faces in {values.out}; {values.out}/grid.png shows {shown}.')
 
 
 def _interval(texts: list[str] | None) -> tuple[int, int] | None:

@@ -10,7 +10,7 @@ import pytest
 from p2ldm.errors import UserError
 from p2ldm.models import layers
 from p2ldm.models.autoencoder import Autoencoder, Downsample, SelfAttention
-from p2ldm.models.quantizer import Quantizer, codebook_statistics, nearest_code
+from p2ldm.models.quantizer import Quantizer, nearest_code
 
 SMALL = Autoencoder(channels=32, channel_multipliers=(1, 2), num_res_blocks=1, codebook_size=16)
 # The same decoder without a codebook: what decoding does behind the quantizer.
@@ -170,14 +170,6 @@ def test_codebook_starts_within_one_over_its_size():
   codes = Quantizer(50).init(jax.random.key(0), jnp.zeros((1, 1, 1, 8)))['params']['embedding']
   assert np.abs(codes).max() <= 1 / 50
   np.testing.assert_allclose(np.std(codes), 1 / 50 / np.sqrt(3), rtol=0.1)
-
-
-def test_codebook_statistics():
-  statistics = codebook_statistics(jnp.array([[0, 0], [5, 5]]), 8)
-  np.testing.assert_allclose(statistics['codebook_use'], 2 / 8)
-  np.testing.assert_allclose(statistics['codebook_perplexity'], 2.0, rtol=1e-6)
-  skewed = codebook_statistics(jnp.array([0, 0, 0, 1]), 2)['codebook_perplexity']
-  np.testing.assert_allclose(skewed, 0.75**-0.75 * 0.25**-0.25, rtol=1e-6)
 
 
 def test_kl_samples_with_the_key_and_decodes_the_mean_without(variables_kl, images):

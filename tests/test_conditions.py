@@ -93,6 +93,13 @@ def test_masks_that_are_none(value, message):
     conditions.read_mask(value, SCHEMA, 4)
 
 
+@pytest.mark.parametrize('mode', ['RGB', 'L', 'P'])
+def test_an_unknown_colour_or_id_is_reported_with_the_file(tmp_path, mode):
+  Image.fromarray(np.full((4, 4), 77, np.uint8)).convert(mode).save(tmp_path / 'boots.png')
+  with pytest.raises(UserError, match=r'boots\.png.*77'):
+    conditions.read_mask(tmp_path / 'boots.png', SCHEMA, 4)
+
+
 def test_files_that_are_no_masks(tmp_path):
   Image.fromarray(IDS).save(tmp_path / 'mask.jpg')
   Image.fromarray(IDS).save(tmp_path / 'mask.png')

@@ -135,6 +135,8 @@ def test_a_program_that_still_holds_an_iterator_ends(prepared_faces):
 def test_missing_data_set_and_split(dataset, tmp_path):
   with pytest.raises(UserError, match=r'(?s)python -m p2ldm\.prepare.*multi\.py:tiny'):
     open_dataset(tmp_path / 'none')
+  with pytest.raises(UserError, match='--image_size=96'):
+    open_dataset(tmp_path / 'none', 96)
   with pytest.raises(UserError, match="no split 'test'; it has train, validation"):
     train_batches(dataset, 'test', 4, seed=0, flip=True)
   with pytest.raises(UserError, match='3 processes'):

@@ -94,6 +94,14 @@ def test_an_unfinished_cache_is_not_opened(tmp_path):
   assert latents.LatentCache.open(tmp_path / 'latents') is None
 
 
+@pytest.mark.parametrize('arriving', [0, 13, 15])
+def test_a_split_with_missing_or_surplus_faces_is_refused(tmp_path, arriving):
+  splits = {'train': (14, make_batches(arriving, 0))}
+  with pytest.raises(UserError, match=f'train: {arriving} faces arrived.* has 14'):
+    latents.build(tmp_path / 'latents', splits, encode, CELEBAMASK_HQ, {})
+  assert latents.LatentCache.open(tmp_path / 'latents') is None
+
+
 def test_latents_of_another_autoencoder_are_refused(cache):
   cache.check_origin({'autoencoder': 'abc'}, 'somewhere')
   with pytest.raises(UserError, match='another autoencoder'):

@@ -90,13 +90,6 @@ def test_denoising_loss_is_per_example():
   np.testing.assert_allclose(weighted, [1.25, 80.0])
 
 
-def test_bins_add_up_over_batches():
-  timesteps, values = np.array([0, 249, 250, 999, 751]), np.array([1.0, 3.0, 5.0, 7.0, 2.0])
-  sums, counts = loss.bin_means(jnp.asarray(values), jnp.asarray(timesteps), 1000, 4)
-  np.testing.assert_allclose(sums, [4.0, 5.0, 0.0, 9.0])
-  np.testing.assert_allclose(counts, [2, 1, 0, 2])
-
-
 @pytest.fixture(scope='module')
 def conditions():
   """512 examples of 40 attributes, all specified, and 8 x 8 masks of 5 classes, row 0 unlabelled."""

@@ -87,6 +87,19 @@ def test_a_workdir_without_a_model_is_named_as_such(tmp_path, sign):
     model_directory.load(tmp_path)
 
 
+def test_a_workdir_with_an_autoencoder_alone_is_named_as_such(saved, tmp_path):
+  shutil.copytree(saved, tmp_path / 'autoencoder' / 'model')
+  (tmp_path / 'autoencoder' / 'checkpoints').mkdir()
+  (tmp_path / 'config.json').write_text('{"compute_dtype": "auto"}')
+  with pytest.raises(UserError, match='an autoencoder, not a model') as error:
+    model_directory.load(tmp_path)
+  assert f'--config.autoencoder.pretrained={tmp_path}' in str(error.value)
+  assert model_directory.find(tmp_path / 'autoencoder') == tmp_path / 'autoencoder' / 'model'
+  (tmp_path / 'diffusion' / 'checkpoints').mkdir(parents=True)
+  with pytest.raises(UserError, match='without a model yet'):
+    model_directory.load(tmp_path)
+
+
 @pytest.mark.parametrize(
   ('spoil', 'message'),
   [

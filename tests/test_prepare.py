@@ -400,6 +400,12 @@ def test_embedded_faces_leave_the_prepared_data_set_alone(tmp_path):
   assert [p.name for p in tmp_path.iterdir()] == ['out']
   assert report['source_sizes'] == {'32x32': 10}
   assert report['splits']['validation'] == {'faces': 1, 'with_mask': 1, 'with_attributes': 1}
+  assert json.loads((tmp_path / 'out' / 'prepare.json').read_text()) == report
+  assert report['source'] == 'embedded synthetic faces'
+  assert (report['embedded'], report['seed'], report['num_faces']) == (True, 3, 10)
+  assert str(tmp_path) not in json.dumps(report)
+  dataset = open_dataset(tmp_path / 'out')
+  assert dataset.embedded and dataset.split_scheme == 'last_tenth'
   other = prepare_embedded(tmp_path / 'other', num_faces=10, image_size=16, seed=4)
   assert other['fingerprint'] != report['fingerprint']
   with pytest.raises(UserError, match='too few'):

@@ -37,7 +37,7 @@ CONFIG = {
       'head_channels': 8,
     },
     'unet': {
-      'channels': 64,  # of 32, a norm has one channel to a group and takes the timestep out again
+      'channels': 64,
       'channel_multipliers': [1],
       'num_res_blocks': 1,
       'attention_factors': [1],

@@ -58,6 +58,16 @@ class PreparedDataset:
     return self.report['fingerprint']
 
   @property
+  def embedded(self) -> bool:
+    """Whether its faces are the project's own drawings, and no photographs."""
+    return bool(self.report.get('embedded', False))
+
+  @property
+  def split_scheme(self) -> str:
+    """Which faces are held out: one of `splits.SCHEMES`."""
+    return self.report['split_scheme']
+
+  @property
   def splits(self) -> tuple[str, ...]:
     """The names of its splits."""
     return tuple(self.builder.info.splits)
@@ -71,7 +81,7 @@ class PreparedDataset:
     if split not in self.splits:
       raise UserError(
         f'The data set {self.directory} has no split {split!r}; it has {", ".join(self.splits)} (split '
-        f'scheme {self.report["split_scheme"]}).'
+        f'scheme {self.split_scheme}).'
       )
     return self.builder.info.splits[split].num_examples
 
@@ -92,8 +102,13 @@ class PreparedDataset:
     return records
 
 
-def open_dataset(directory) -> PreparedDataset:
+def open_dataset(directory, image_size: int = 256) -> PreparedDataset:
   """Opens a prepared data set.
+
+  Args:
+    directory: where it lies.
+    image_size: the size wanted, for the command that the message about a missing data set shows; what
+      is there is opened at whatever size it has.
 
   Raises:
     UserError: there is none at `directory`, or it is incomplete.
@@ -103,13 +118,15 @@ def open_dataset(directory) -> PreparedDataset:
     what = 'is no prepared data set' if directory.exists() else 'does not exist'
     raise UserError(
       f'The data set {directory} {what}. Prepare one with `python -m p2ldm.prepare --raw=CelebAMask-HQ '
-      f'--out={directory} --image_size=256`, or try everything without a download on embedded synthetic '
-      'faces with --config=configs/multi.py:tiny.'
+      f'--out={directory} --image_size={image_size}`, or try everything without a download on embedded '
+      'synthetic faces with --config=configs/multi.py:tiny.'
     )
   try:
     report = json.loads((directory / 'prepare.json').read_text())
-    if not isinstance(report['image_size'], int) or not isinstance(report['fingerprint'], str):
-      raise ValueError('prepare.json lacks image_size or fingerprint')
+    if not isinstance(report['image_size'], int) or not all(
+      isinstance(report[key], str) for key in ('fingerprint', 'split_scheme')
+    ):
+      raise ValueError('prepare.json lacks image_size, fingerprint or split_scheme')
     builder = tfds.builder_from_directory(directory)
   except Exception as error:
     raise _damaged(directory, error) from error

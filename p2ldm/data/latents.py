@@ -175,7 +175,11 @@ def build(
 
 
 def encode_split(directory: pathlib.Path, count: int, batches, encode, bar: tqdm):
-  """Writes latents.npy, masks.npy, attributes.npy and images.npy of one split."""
+  """Writes latents.npy, masks.npy, attributes.npy and images.npy of one split.
+
+  Raises:
+    UserError: more or fewer than `count` faces arrive.
+  """
   arrays, start = {}, 0
 
   def write(name, value, at, length=count):
@@ -196,6 +200,11 @@ def encode_split(directory: pathlib.Path, count: int, batches, encode, bar: tqdm
       write('images', pixels[: NUM_IMAGES - start], start, min(count, NUM_IMAGES))
     start += len(image)
     bar.update(len(image))
+  if start != count:
+    raise UserError(
+      f'{directory.name}: {start} faces arrived to be encoded, but the split has {count}. Prepare the data '
+      'set again.'
+    )
   for array in arrays.values():
     array.flush()
 

@@ -36,11 +36,6 @@ class RawFace:
   mask: pathlib.Path | None = None
   problem: str = ''
 
-  @property
-  def has_mask(self) -> bool:
-    """Whether any pixel of it is labelled."""
-    return bool(self.parts) or self.mask is not None
-
 
 @dataclasses.dataclass
 class RawFaces:

@@ -79,23 +79,6 @@ def denoising_loss(prediction, target, timesteps, weights):
   return jnp.asarray(weights, jnp.float32)[timesteps] * mse, mse
 
 
-def bin_means(values, timesteps, num_timesteps: int, num_bins: int):
-  """What the mean of `values` in each bin of timesteps is made of, so that batches add up.
-
-  Args:
-    values: (B,) float, for example a loss.
-    timesteps: (B,) int32 in [0, num_timesteps).
-    num_timesteps: T.
-    num_bins: N equal bins of timesteps, bin i holding floor(t N / T) = i.
-
-  Returns:
-    sums (N,) float32 and counts (N,) float32; sums / counts is the mean, 0 / 0 in an empty bin.
-  """
-  bins = timesteps * num_bins // num_timesteps
-  sums = jax.ops.segment_sum(values.astype(jnp.float32), bins, num_bins)
-  return sums, jax.ops.segment_sum(jnp.ones_like(values, jnp.float32), bins, num_bins)
-
-
 def unspecify(key, attributes, mask, probabilities, num_classes: int):
   """Leaves conditions unspecified at random, so that the model learns to do without them.
 

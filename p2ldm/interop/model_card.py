@@ -89,7 +89,7 @@ def _data(provenance) -> str:
 
 def _figures(figures, protocol) -> str:
   if not figures:
-    return '## Figures\n\nNone measured yet; `python -m p2ldm.evaluate` measures them.'
+    return '## Figures\n\nNone measured yet.'
   return '## Figures\n\n' + _table(figures) + (f'\n\nProtocol: {protocol}' if protocol else '')
 
 

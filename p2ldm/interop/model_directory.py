@@ -27,8 +27,7 @@ from p2ldm.models.denoiser import Denoiser
 _FILES = ('config.json', 'README.md', 'autoencoder.safetensors', 'denoiser.safetensors')
 _HOW = (
   'Train one with `python -m p2ldm.main --config=configs/multi.py:tiny`, whose workdir '
-  '(runs/multi_tiny) then serves as the model directory, or convert one with '
-  '`python -m p2ldm.convert`.'
+  '(runs/multi_tiny) then serves as the model directory.'
 )
 
 
@@ -134,6 +133,11 @@ def find(directory) -> pathlib.Path:
     raise UserError(f'There is no model directory {path}. {_HOW}')
   if not path.is_dir():
     raise UserError(f'{path} is a file; give the model directory that it lies in. {_HOW}')
+  if (path / 'autoencoder' / 'model').is_dir() and not (path / 'diffusion').exists():
+    raise UserError(
+      f'{path} holds an autoencoder, not a model that draws. Train one on it with '
+      f'--config.autoencoder.pretrained={path}, or, if its own run has a diffusion stage, let that go on.'
+    )
   config = _json(path / 'config.json')
   is_run = isinstance(config, dict) and 'compute_dtype' in config  # a key of configs/base.py
   if is_run or any(path.glob('checkpoints')) or any(path.glob('*/checkpoints')):

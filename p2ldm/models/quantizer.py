@@ -74,27 +74,6 @@ def nearest_code(latent, codes):
   return jnp.argmin(distance, axis=-1).astype(jnp.int32)
 
 
-def codebook_statistics(indices, codebook_size: int) -> dict[str, jax.Array]:
-  """How much of the codebook a batch uses.
-
-  Args:
-    indices: int array of any shape, in [0, codebook_size).
-    codebook_size: number of codes.
-
-  Returns:
-    codebook_use: () float32 in (0, 1], the share of codes that occur; codebook_perplexity: () float32 in
-    [1, codebook_size], exp of the entropy of the codes' frequencies (codebook_size: all equally
-    often).
-  """
-  count = jnp.bincount(indices.reshape(-1), length=codebook_size)
-  frequency = count.astype(jnp.float32) / indices.size
-  entropy = -jnp.sum(jax.scipy.special.xlogy(frequency, frequency))
-  return {
-    'codebook_use': jnp.mean((count > 0).astype(jnp.float32)),
-    'codebook_perplexity': jnp.exp(entropy),
-  }
-
-
 def _uniform(bound: float):
   def init(key, shape, dtype):
     return jax.random.uniform(key, shape, dtype, -bound, bound)

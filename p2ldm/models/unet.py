@@ -249,8 +249,8 @@ class UNet(nn.Module):
   def _check_fields(self):
     if self.channels % 32 or self.channels % self.head_channels:
       raise UserError(
-        f'unet.channels={self.channels} must be a multiple of 32 (groups of its norms) and of '
-        f'unet.head_channels={self.head_channels}.'
+        f'unet.channels={self.channels} must be a multiple of 32, so that its norms can split the '
+        f'channels of every block into equal groups, and of unet.head_channels={self.head_channels}.'
       )
 
   def _check_inputs(self, latents, timesteps, context_kv):
