@@ -18,7 +18,8 @@ from p2ldm.prepare import prepare
 
 @pytest.fixture(scope='session', autouse=True)
 def compilation_cache(tmp_path_factory):
-  """Tests that restart a run compile its step once."""
+  """Tests spend their time compiling: less optimized, and once for a run that is started again."""
+  jax.config.update('jax_disable_most_optimizations', True)
   jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.getbasetemp().parent / 'xla'))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -25,11 +26,11 @@ def encode(image):
 
 
 def make_batches(seed):
-  """Faces whose colour is that of their mask's one class: there is something to learn."""
+  """Blocks of 4 x 4 pixels of one class and its colour: the mask says what the noise hides."""
   rng = np.random.default_rng(seed)
   palette = np.random.default_rng(7).uniform(-1, 1, (19, 3))
   for _ in range(NUM_FACES // 8):
-    mask = np.repeat(rng.integers(0, 19, (8, 1, 1)), 32, 1).repeat(32, 2).astype(np.uint8)
+    mask = rng.integers(0, 19, (8, 8, 8)).repeat(4, 1).repeat(4, 2).astype(np.uint8)
     image = palette[mask] + 0.1 * rng.normal(size=(8, 32, 32, 3))
     attributes = rng.integers(-1, 2, (8, 40)).astype(np.int8)
     yield {'image': image.astype(np.float32), 'mask': mask, 'attributes': attributes}
@@ -45,6 +46,8 @@ def cache(tmp_path_factory):
 def make_config(num_steps) -> ConfigDict:
   config = multi.get_config('tiny')
   config.data.image_size = 32
+  # The ways in that compile fastest; tests/test_main.py trains with cross-attention.
+  config.denoiser.update({'attributes': 'timestep', 'mask': 'concatenation'})
   config.denoiser.condition_encoder.update(
     {'width': 32, 'mask_channels': 16, 'num_layers': 1, 'head_channels': 16}
   )
@@ -139,7 +142,7 @@ def test_a_checkpoint_of_one_mesh_restores_on_another(cache, six_steps, tmp_path
 
 
 def test_training_learns_to_use_the_mask(cache, tmp_path):
-  task, mesh = make_task(cache, 250, batch_size=16)
+  task, mesh = make_task(cache, 200, batch_size=16)
   state = loop.train(task, tmp_path, mesh, seed=0)
   values = task.evaluate(state)
   # The mask determines the face; the attributes are noise and say nothing.
@@ -155,9 +158,12 @@ def test_one_batch_can_be_overfitted(cache):
   step = jax.jit(task.step)
   history = []
   for _ in range(200):
-    state, metrics = step(state, batch, jax.random.key(1), None)
+    # Step 0 over and over: the same noise, timesteps and conditions.
+    state, metrics = step(
+      state.replace(step=jnp.zeros((), jnp.int32)), batch, jax.random.key(1), None
+    )
     history.append(float(metrics['mse']))
-  assert np.mean(history[-30:]) < 0.35 * np.mean(history[:5])
+  assert history[-1] < 0.1 * history[0]
 
 
 def test_a_non_finite_loss_stops_and_leaves_the_last_checkpoint(cache, tmp_path):

@@ -153,7 +153,7 @@ def train_step(state: TrainState, batch, key, perceptual, *, model, discriminato
     )(state.params['discriminator'])
     metrics['logits_real'], metrics['logits_fake'] = logits
     metrics['adaptive_weight'] = of_image.adaptive_weight
-  metrics['gradient_norm'] = optax.global_norm(grads)
+  metrics['gradient_norm'] = optax.tree.norm(grads)
   return state.update(grads, optimizer, ema_decay), metrics
 
 

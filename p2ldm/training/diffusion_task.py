@@ -139,7 +139,7 @@ def train_step(state: TrainState, batch, key, frozen, *, loss, optimizer, probab
     return weighted.mean(), plain.mean()
 
   (weighted, plain), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
-  metrics = {'loss': weighted, 'mse': plain, 'gradient_norm': optax.global_norm(grads)}
+  metrics = {'loss': weighted, 'mse': plain, 'gradient_norm': optax.tree.norm(grads)}
   return state.update(grads, optimizer, ema_decay), metrics
 
 

@@ -165,7 +165,11 @@ class StepLog:
       means['images_per_second'] = self._batch_size / seconds
       self._window.clear()
       self.restart_clock()
-      bar.set_postfix(loss=f'{means["loss"]:.4f}', images_per_s=f'{means["images_per_second"]:.0f}')
+      bar.set_postfix(
+        loss=f'{means["loss"]:.4f}',
+        images_per_s=f'{means["images_per_second"]:.0f}',
+        refresh=False,
+      )
       if self._writer:
         self._writer.scalars(step, {f'train/{name}': value for name, value in means.items()})
 
