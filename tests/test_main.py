@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,6 +15,7 @@ import p2ldm
 from configs import attributes, autoencoder, base, masks, multi, unconditional
 from p2ldm.errors import UserError
 from p2ldm.main import default_workdir
+from p2ldm.models.denoiser import Denoiser
 from p2ldm.training import stages
 
 REPOSITORY = pathlib.Path(p2ldm.__file__).parent.parent
@@ -150,6 +152,43 @@ def test_every_config_overrides_keys_of_base_and_adds_none(name, variant):
   config = CONFIGS[name].get_config(variant)
   assert set(keys(config)) == set(keys(base.get_config()))
   assert config.data.image_size == (64 if variant else 256)
+
+
+@pytest.mark.parametrize(
+  'name, parameters',
+  [
+    ('multi', 433_717_187),  # U-Net 414,713,603, condition encoder 19,003,584
+    ('unconditional', 274_056_163),  # CompVis' celebahq-ldm-vq-4
+    ('attributes', None),
+    ('masks', None),
+  ],
+)
+def test_the_paper_size_of_every_config(name, parameters):
+  config = CONFIGS[name].get_config()
+  denoiser = Denoiser(
+    attributes=config.denoiser.attributes,
+    mask=config.denoiser.mask,
+    condition_encoder=config.denoiser.condition_encoder.to_dict(),
+    unet=config.denoiser.unet.to_dict(),
+    num_attributes=40,
+    num_classes=19,
+    latent_channels=3,
+    dtype=jnp.bfloat16,
+  )
+  inputs = (
+    jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32),
+    jax.ShapeDtypeStruct((2,), jnp.int32),
+    jax.ShapeDtypeStruct((2, 40), jnp.int8),
+    jax.ShapeDtypeStruct((2, 256, 256), jnp.uint8),
+  )
+  output, variables = jax.eval_shape(denoiser.init_with_output, jax.random.key(0), *inputs)
+  assert output.shape == (2, 64, 64, 3) and output.dtype == jnp.float32
+  count = sum(leaf.size for leaf in jax.tree.leaves(variables))
+  if parameters:
+    assert count == parameters
+  else:
+    assert 414_000_000 < count < 434_000_000
+  assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
 
 
 def test_conditions_of_the_configs():
