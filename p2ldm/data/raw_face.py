@@ -101,8 +101,9 @@ def load_face(face: RawFace, schema: LabelSchema, size: int, resample: str) -> L
 
 def _paint(parts: list[tuple[int, pathlib.Path]]) -> np.ndarray:
   """Paints parts over background 0 in the order of their class ids: (H, W) uint8."""
+  parts = sorted(parts)
   mask, first = None, parts[0][1]
-  for class_id, path in sorted(parts):
+  for class_id, path in parts:
     part = image_files.read_part(path)
     if mask is None:
       mask = np.zeros(part.shape, np.uint8)
