@@ -70,7 +70,7 @@ def make_task(config, model: Autoencoder, dataset, mesh) -> Task:
       train_step,
       model=model,
       discriminator=discriminator,
-      loss=loss.copy_and_resolve_references().to_dict(),
+      loss=loss.to_dict(),
       optimizer=optimizer,
       ema_decay=training.ema_decay,
     ),
