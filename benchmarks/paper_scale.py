@@ -33,13 +33,14 @@ def main(_):
   import jax
   import jax.numpy as jnp
 
+  from p2ldm import sharding
   from p2ldm.data.labels import CELEBAMASK_HQ
   from p2ldm.diffusion.loss import loss_weights
   from p2ldm.diffusion.schedule import make_schedule
   from p2ldm.models.autoencoder import Autoencoder
   from p2ldm.models.denoiser import Denoiser
   from p2ldm.models.layers import resolve_dtype
-  from p2ldm.training import diffusion_task, sharding
+  from p2ldm.training import diffusion_task
   from p2ldm.training.state import TrainState, adamw
 
   config = _CONFIG.value

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from p2ldm.data import input_pipeline
-from p2ldm.data.input_pipeline import open_dataset, ordered_batches, train_batches
+from p2ldm.data.input_pipeline import train_batches
 from p2ldm.data.order import batch_examples
+from p2ldm.data.prepared import open_dataset, ordered_batches
 from p2ldm.errors import UserError
 
 
@@ -124,7 +125,8 @@ def test_ordered_batches_give_every_face_once(dataset, faces):
 
 def test_a_program_that_still_holds_an_iterator_ends(prepared_faces):
   program = (
-    'from p2ldm.data.input_pipeline import open_dataset, train_batches\n'
+    'from p2ldm.data.input_pipeline import train_batches\n'
+    'from p2ldm.data.prepared import open_dataset\n'
     f'batches = train_batches(open_dataset({str(prepared_faces)!r}), "train", 8, 0, True)\n'
     'next(batches)\n'
   )

@@ -61,7 +61,7 @@ def test_the_whole_path_ends_in_a_model_that_draws(run):
 
 
 def test_the_model_encodes_real_faces_to_unit_variance_latents(run, prepared_faces):
-  from p2ldm.data.input_pipeline import open_dataset, ordered_batches
+  from p2ldm.data.prepared import open_dataset, ordered_batches
 
   pipeline = p2ldm.Pipeline.from_pretrained(run)
   images = next(ordered_batches(open_dataset(prepared_faces), 'train', 11))['image']

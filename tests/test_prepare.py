@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from p2ldm.data.input_pipeline import open_dataset, ordered_batches
 from p2ldm.data.labels import CELEBAMASK_HQ, LabelSchema
+from p2ldm.data.prepared import open_dataset, ordered_batches
 from p2ldm.errors import UserError
 from p2ldm.prepare import prepare, prepare_embedded
 

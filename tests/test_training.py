@@ -10,12 +10,13 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import multi
+from p2ldm import sharding
 from p2ldm.data import latents
 from p2ldm.data.labels import CELEBAMASK_HQ
 from p2ldm.diffusion.schedule import make_schedule
 from p2ldm.errors import UserError
 from p2ldm.models.denoiser import Denoiser
-from p2ldm.training import diffusion_task, loop, sharding, stages, workdir
+from p2ldm.training import diffusion_task, loop, stages, workdir
 from p2ldm.training.state import TrainState, average
 
 NUM_FACES = 40

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from p2ldm import pictures
-from p2ldm.data.input_pipeline import ordered_batches, train_batches
+from p2ldm import pictures, sharding
+from p2ldm.data.input_pipeline import train_batches
+from p2ldm.data.prepared import ordered_batches
 from p2ldm.models.autoencoder import Autoencoder
 from p2ldm.models.autoencoder_loss import discriminator_factor, discriminator_loss, image_loss
 from p2ldm.models.discriminator import PatchDiscriminator
 from p2ldm.models.perceptual import load_lpips
-from p2ldm.training import sharding
 from p2ldm.training.metrics import Means
 from p2ldm.training.state import TrainState, adamw
 from p2ldm.training.task import Task

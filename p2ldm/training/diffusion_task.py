@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from p2ldm import sharding
 from p2ldm.data.labels import UNSPECIFIED
 from p2ldm.data.latents import LatentCache, LatentDataset
 from p2ldm.diffusion.loss import denoising_loss, loss_weights, unspecify
 from p2ldm.diffusion.schedule import Schedule, q_sample, target
 from p2ldm.models.denoiser import Denoiser
-from p2ldm.training import sharding
 from p2ldm.training.metrics import Means
 from p2ldm.training.state import TrainState, adamw
 from p2ldm.training.task import Task

@@ -15,8 +15,8 @@ from clu import parameter_overview
 from PIL import Image
 from tqdm import tqdm
 
+from p2ldm import sharding
 from p2ldm.errors import UserError
-from p2ldm.training import sharding
 from p2ldm.training.checkpoint import Checkpoints
 from p2ldm.training.metrics import MetricWriter
 from p2ldm.training.state import TrainState

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import p2ldm
+from p2ldm import sharding
 from p2ldm.data.latents import LatentCache, build
 from p2ldm.diffusion.loss import loss_weights
 from p2ldm.diffusion.samplers import SAMPLERS
@@ -22,7 +23,7 @@ from p2ldm.interop.model_directory import ModelParts
 from p2ldm.models.autoencoder import Autoencoder
 from p2ldm.models.denoiser import Denoiser
 from p2ldm.models.layers import resolve_dtype
-from p2ldm.training import diffusion_task, loop, sharding
+from p2ldm.training import diffusion_task, loop
 from p2ldm.training.pictures import SampleGrid
 from p2ldm.training.workdir import check_origin, open_workdir
 
@@ -91,7 +92,7 @@ def autoencoder_directory(path) -> pathlib.Path:
 
 def open_data(config):
   """The prepared data set of a config; renders and prepares the embedded faces where it asks so."""
-  from p2ldm.data.input_pipeline import open_dataset  # needs TensorFlow
+  from p2ldm.data.prepared import open_dataset  # needs tensorflow-datasets
 
   path = pathlib.Path(config.data.dir)
   if config.data.embedded_faces > 0 and not path.exists():
@@ -167,7 +168,7 @@ def run_latents(config, workdir, mesh, trained) -> LatentCache:
     raise UserError(
       f"config.stages leaves the latents out, but {directory} holds none. Add 'latents' to config.stages."
     )
-  from p2ldm.data.input_pipeline import ordered_batches
+  from p2ldm.data.prepared import ordered_batches
 
   dataset = open_data(config)
   origin['data set'] = dataset.fingerprint

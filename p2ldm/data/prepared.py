@@ -1,0 +1,234 @@
+"""A prepared data set, read record by record without TensorFlow.
+
+TFDS reads its own array_record files with NumPy and Pillow alone, so that what only looks at faces in
+order (evaluation, the latent cache) runs where TensorFlow is not installed. Training batches come from
+tf.data, see `input_pipeline`.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+import io
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from p2ldm.data.labels import UNSPECIFIED, LabelSchema
+from p2ldm.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedDataset:
+  """A data set that `python -m p2ldm.prepare` wrote.
+
+  Attributes:
+    directory: where it lies.
+    schema: its attributes and classes.
+    report: what prepare.json says.
+    builder: the TFDS builder that reads it.
+  """
+
+  directory: pathlib.Path
+  schema: LabelSchema
+  report: dict
+  builder: tfds.core.DatasetBuilder
+
+  @property
+  def image_size(self) -> int:
+    """S: images are (S, S, 3), masks (S, S)."""
+    return self.report['image_size']
+
+  @property
+  def fingerprint(self) -> str:
+    """sha256 over the content of all records, hexadecimal."""
+    return self.report['fingerprint']
+
+  @property
+  def embedded(self) -> bool:
+    """Whether its faces are the project's own drawings, and no photographs."""
+    return bool(self.report.get('embedded', False))
+
+  @property
+  def split_scheme(self) -> str:
+    """Which faces are held out: one of `splits.SCHEMES`."""
+    return self.report['split_scheme']
+
+  @property
+  def splits(self) -> tuple[str, ...]:
+    """The names of its splits."""
+    return tuple(self.builder.info.splits)
+
+  def num_examples(self, split: str) -> int:
+    """How many faces a split has.
+
+    Raises:
+      UserError: there is no such split.
+    """
+    if split not in self.splits:
+      raise UserError(
+        f'The data set {self.directory} has no split {split!r}; it has {", ".join(self.splits)} (split '
+        f'scheme {self.split_scheme}).'
+      )
+    return self.builder.info.splits[split].num_examples
+
+  def records(self, split: str):
+    """The serialized records of a split, for random access.
+
+    Raises:
+      UserError: there is no such split, or its files are missing or damaged.
+    """
+    count = self.num_examples(split)
+    try:
+      records = self.builder.as_data_source(
+        split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+      )
+      records[count - 1]
+    except Exception as error:
+      raise damaged(self.directory, error) from error
+    return records
+
+
+def open_dataset(directory, image_size: int = 256) -> PreparedDataset:
+  """Opens a prepared data set.
+
+  Args:
+    directory: where it lies.
+    image_size: the size wanted, for the command that the message about a missing data set shows; what
+      is there is opened at whatever size it has.
+
+  Raises:
+    UserError: there is none at `directory`, or it is incomplete.
+  """
+  directory = pathlib.Path(directory)
+  if not (directory / 'prepare.json').is_file():
+    what = 'is no prepared data set' if directory.exists() else 'does not exist'
+    raise UserError(
+      f'The data set {directory} {what}. Prepare one with `python -m p2ldm.prepare --raw=CelebAMask-HQ '
+      f'--out={directory} --image_size={image_size}`, or try everything without a download on embedded '
+      'synthetic faces with --config=configs/multi.py:tiny.'
+    )
+  try:
+    report = json.loads((directory / 'prepare.json').read_text())
+    if not isinstance(report['image_size'], int) or not all(
+      isinstance(report[key], str) for key in ('fingerprint', 'split_scheme')
+    ):
+      raise ValueError('prepare.json lacks image_size, fingerprint or split_scheme')
+    builder = tfds.builder_from_directory(directory)
+  except Exception as error:
+    raise damaged(directory, error) from error
+  return PreparedDataset(directory, LabelSchema.load(directory / 'schema.json'), report, builder)
+
+
+def ordered_batches(
+  dataset: PreparedDataset,
+  split: str,
+  batch_size: int,
+  limit: int | None = None,
+  examples: np.ndarray | None = None,
+) -> Iterator[Batch]:
+  """The faces of a split in record order, each once, unmirrored; the last batch may be short.
+
+  Args:
+    dataset: from `open_dataset`.
+    split: of it.
+    batch_size: B.
+    limit: stop after this many faces; None takes all.
+    examples: (N,) int64, which records, in this order; None takes all.
+
+  Returns:
+    An iterator of image (b, S, S, 3) float32 in [-1, 1], attributes (b, A) int8, mask (b, S, S) uint8
+    and name (b,) object array of str. Every process gets all faces. Iterating raises UserError where a
+    record is damaged.
+
+  Raises:
+    UserError: there is no such split.
+  """
+  if examples is None:
+    examples = np.arange(dataset.num_examples(split))
+  examples = examples[:limit]
+  chunks = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
+  records = dataset.records(split)
+  return _read_ahead(functools.partial(_read_batch, dataset, records), chunks)
+
+
+def labelled(dataset: PreparedDataset, split: str) -> dict[str, np.ndarray]:
+  """Which faces of a split have labels at all.
+
+  Returns:
+    {'attributes': (N,) bool, 'mask': (N,) bool}: any attribute is not 0, any pixel is not 255.
+
+  Raises:
+    UserError: there is no such split, or a record is damaged.
+  """
+  records = dataset.records(split)
+
+  def look(indices):
+    examples = [_deserialize(dataset, record) for record in records.__getitems__(indices.tolist())]
+    return [
+      (bool(e['attributes'].any()), bool((_pixels(e['mask']) != UNSPECIFIED).any()))
+      for e in examples
+    ]
+
+  chunks = np.array_split(np.arange(dataset.num_examples(split)), max(1, len(records) // 256))
+  try:
+    known = [row for rows in _read_ahead(look, chunks) for row in rows]
+  except (OSError, ValueError) as error:
+    raise damaged(dataset.directory, error) from error
+  attributes, mask = np.array(known, bool).reshape(-1, 2).T
+  return {'attributes': attributes, 'mask': mask}
+
+
+def _read_batch(dataset: PreparedDataset, records, indices: np.ndarray) -> Batch:
+  try:
+    examples = [_deserialize(dataset, record) for record in records.__getitems__(indices.tolist())]
+    images = np.stack([_pixels(example['image']) for example in examples])
+    masks = np.stack([_pixels(example['mask']) for example in examples])
+  except Exception as error:
+    raise damaged(dataset.directory, error) from error
+  return {
+    'image': images.astype(np.float32) / np.float32(127.5) - np.float32(1.0),
+    'attributes': np.stack([example['attributes'] for example in examples]),
+    'mask': masks,
+    'name': np.array([example['name'].decode() for example in examples], object),
+  }
+
+
+def _deserialize(dataset: PreparedDataset, record: bytes) -> dict:
+  """One record; image and mask are still PNG files."""
+  as_stored = tfds.decode.SkipDecoding()
+  decoders = {'image': as_stored, 'mask': as_stored}
+  return dataset.builder.info.features.deserialize_example_np(record, decoders=decoders)
+
+
+def _pixels(png: bytes) -> np.ndarray:
+  return np.asarray(Image.open(io.BytesIO(png)))
+
+
+def _read_ahead(read, chunks: list) -> Iterator:
+  """read(chunk) for each chunk in order, a few of them at a time in other threads."""
+  workers = max(1, (os.cpu_count() or 2) // 2)
+  with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+    pending = collections.deque()
+    for chunk in chunks:
+      pending.append(pool.submit(read, chunk))
+      if len(pending) > workers + 1:
+        yield pending.popleft().result()
+    while pending:
+      yield pending.popleft().result()
+
+
+def damaged(directory: pathlib.Path, error: Exception) -> UserError:
+  """The error of a data set whose files cannot be read."""
+  reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+  return UserError(
+    f'The data set {directory} is damaged or incomplete ({reason[0][:300]}). Prepare it again with '
+    '`python -m p2ldm.prepare --overwrite ...`.'
+  )
