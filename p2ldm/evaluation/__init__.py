@@ -1,0 +1,1 @@
+"""How good samples are: distances, adherence to conditions, diversity, reconstruction."""
