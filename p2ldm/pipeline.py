@@ -77,6 +77,7 @@ class Pipeline:
     self._tick = lambda: None  # called by running samplers, once a step
     self._encode = jax.jit(self._encode_fn)
     self._decode = jax.jit(self._decode_fn)
+    self._reconstruct = jax.jit(self._reconstruct_fn)
     self._denoise = jax.jit(self._denoise_fn)
 
   @classmethod
@@ -123,6 +124,7 @@ class Pipeline:
     num_images: int | None = None,
     *,
     seed: int = 0,
+    first_image: int = 0,
     steps: int = 50,
     guidance=None,
     sampler: str = 'ddim',
@@ -140,6 +142,7 @@ class Pipeline:
         (N, H, W) with one mask per image. 255 is unspecified. Resized to the model's S x S.
       num_images: N; by default the number of rows given, else 4.
       seed: 0 to 2**32 - 1. Image i is a function of (seed, i).
+      first_image: i of the first image, so that many images can be drawn call by call.
       steps: network evaluations per image, 1 to T.
       guidance: {'attributes': 3.0, 'mask': 1.5} by default; one number means both, a missing key its
         default. 1 is no guidance, more follows the condition more closely.
@@ -158,6 +161,8 @@ class Pipeline:
       raise UserError(f'batch_size must be at least 1, not {batch_size}.')
     if not 0 <= seed < 2**32:
       raise UserError(f'seed must be from 0 to {2**32 - 1}, not {seed}.')
+    if first_image < 0:
+      raise UserError(f'first_image must be at least 0, not {first_image}.')
     attributes, mask = self.read_conditions(attributes, mask, num_images)
     scales = conditions.read_guidance(guidance)
     branches = cfg.guidance_branches(
@@ -172,7 +177,13 @@ class Pipeline:
     weights = np.array([branch.weight for branch in branches], np.float32)
     calls = [
       (
-        (self._params, weights, samplers.image_keys(seed, rows), attributes[rows], mask[rows]),
+        (
+          self._params,
+          weights,
+          samplers.image_keys(seed, first_image + rows),
+          attributes[rows],
+          mask[rows],
+        ),
         count,
       )
       for rows, count in _batches(np.arange(len(mask)), batch_size)
@@ -198,13 +209,16 @@ class Pipeline:
     Raises:
       UserError: another shape or an integer dtype.
     """
+    return self._encode(self._params, self._check_images(images))
+
+  def _check_images(self, images) -> jax.Array:
     images = jnp.asarray(images)
     wanted = (self.image_size, self.image_size, 3)
     if images.ndim != 4 or images.shape[1:] != wanted:
       raise UserError(f'Images must be (batch, {str(wanted)[1:]}, not {images.shape}.')
     if not jnp.issubdtype(images.dtype, jnp.floating):
       raise UserError(f'Images must be float in [-1, 1], not {images.dtype}: x / 127.5 - 1.')
-    return self._encode(self._params, images)
+    return images
 
   def decode(self, latents) -> jax.Array:
     """Whitened latents (B, h, w, C) to images (B, S, S, 3) float32 in [-1, 1].
@@ -213,6 +227,20 @@ class Pipeline:
       UserError: another shape.
     """
     return self._decode(self._params, self._check_latents(latents))
+
+  def reconstruct(self, images) -> tuple[jax.Array, jax.Array | None]:
+    """Images through the autoencoder, quantisation included.
+
+    Args:
+      images: (B, S, S, 3) float in [-1, 1].
+
+    Returns:
+      (B, S, S, 3) float32 in [-1, 1], and the codes used (B, h, w) int32, None without a codebook.
+
+    Raises:
+      UserError: as `encode`.
+    """
+    return self._reconstruct(self._params, self._check_images(images))
 
   def denoise(self, latents, timesteps, attributes=None, mask=None) -> jax.Array:
     """One evaluation of the network, without guidance.
@@ -277,6 +305,10 @@ class Pipeline:
     variables = {'params': params['autoencoder']}
     raw = self.statistics.unwhiten(latents)
     return jnp.clip(self._autoencoder.apply(variables, raw, method='decode'), -1.0, 1.0)
+
+  def _reconstruct_fn(self, params, images):
+    output = self._autoencoder.apply({'params': params['autoencoder']}, images)
+    return jnp.clip(output.reconstruction, -1.0, 1.0), output.indices
 
   def _denoise_fn(self, params, latents, timesteps, attributes, mask):
     return self._denoiser.apply(
