@@ -1,1 +1,1 @@
-"""How good samples are: distances, adherence to conditions, diversity, reconstruction."""
+"""How good are the pictures: feature spaces, distances, adherence, reports."""

