@@ -1,0 +1,71 @@
+"""The paper's ablation for `python -m p2ldm.ablate`: which conditions, which loss, how they get in.
+
+`run` is what every cell shares. A cell is `run` with the few keys below replaced, once for each seed.
+All cells share one autoencoder, one latent cache, one parser and one classifier.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import multi
+
+
+def get_config(variant: str = '') -> ConfigDict:
+  """`ablation.py` (the paper's size), `ablation.py:faces64` or `ablation.py:tiny`."""
+  config = ConfigDict(
+    {
+      'run': multi.get_config(variant),
+      # Every cell of the grid is a row and a column, for each of the seeds.
+      'grid': {
+        'seeds': (0, 1, 2),
+        'rows': {
+          'attributes': {'denoiser': {'mask': 'none'}},
+          'mask': {'denoiser': {'attributes': 'none'}},
+          'both': {},
+        },
+        'columns': {
+          'plain': {'diffusion': {'weighting': 'plain'}},
+          'p2_gamma_05': {'diffusion': {'p2_gamma': 0.5}},
+          'p2': {},
+          'p2_mean_1': {'diffusion': {'normalize_weights': True}},
+        },
+      },
+      # Other ways for the conditions to get in, with both conditions and the loss of `run`.
+      'strategies': {
+        'seeds': (0,),
+        'cells': {
+          'cross_attention': {},
+          'no_joint_layers': {'denoiser': {'condition_encoder': {'num_layers': 0}}},
+          'mask_concatenation': {'denoiser': {'mask': 'concatenation'}},
+          'attributes_timestep': {'denoiser': {'attributes': 'timestep'}},
+          # Trained without ever leaving a condition unspecified: for the robustness curve.
+          'never_unspecified': {
+            'diffusion': {
+              'unspecify': {
+                'all_attributes': 0.0,
+                'whole_mask': 0.0,
+                'single_attribute': 0.0,
+                'single_region': 0.0,
+              }
+            }
+          },
+        },
+      },
+    }
+  )
+  if variant == 'tiny':
+    tiny(config)
+  return config
+
+
+def tiny(config: ConfigDict) -> None:
+  """Embedded faces at 48 px, so that some thirty trainings take hours of two CPU cores, not days."""
+  run = config.run
+  run.data.update({'dir': 'data/embedded_48', 'image_size': 48, 'embedded_faces': 4_000})
+  run.autoencoder.training.update({'num_steps': 1_500, 'warmup_steps': 100, 'evaluate_every': 500})
+  run.denoiser.unet.channel_multipliers = (1, 2, 2)
+  run.diffusion.training.update(
+    {'num_steps': 3_000, 'evaluate_every': 1_000, 'sample_every': 3_000, 'checkpoint_every': 500}
+  )
+  config.grid.columns = ConfigDict(
+    {'plain': {'diffusion': {'weighting': 'plain'}}, 'p2': {}}, convert_dict=True
+  )

@@ -1,0 +1,385 @@
+"""A whole evaluation: three sets of images, the same figures of each, and how they were made.
+
+  real             held-out photographs, whose figures are the ceiling
+  reconstructions  the same through the autoencoder, the most that a latent model can reach
+  samples          drawn from their conditions, or read from a folder
+
+Distances of all three go to one reference set, the photographs of another split.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from p2ldm import pictures
+from p2ldm.data.prepared import PreparedDataset
+from p2ldm.errors import UserError
+from p2ldm.evaluation import distances, reconstruction
+from p2ldm.evaluation.diversity import PairwiseDiversity
+from p2ldm.evaluation.evaluators import Classifier, Parser
+from p2ldm.evaluation.faces import Faces, condition_examples, generated_faces, real_faces
+from p2ldm.evaluation.features import FeatureSpace
+from p2ldm.evaluation.figures import frechet_figure, kernel_figure
+from p2ldm.evaluation.meters import Adherence, Features, OwnMetric, SampleDiversity
+from p2ldm.evaluation.protocol import Protocol, load_metrics
+from p2ldm.evaluation.reference import reference_features
+from p2ldm.pipeline import Pipeline
+
+NUM_WORST = 8  # images shown for each way to be wrong
+GRID_CONDITIONS, GRID_SAMPLES = 8, 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruments:
+  """What figures are read with.
+
+  Attributes:
+    parser, classifier: None leaves their figures out.
+    spaces: in which distances are computed.
+    lpips: from `perceptual.load_lpips`, None leaves LPIPS and the diversity out.
+    cache: folder of reference features, None for the default.
+  """
+
+  parser: Parser | None
+  classifier: Classifier | None
+  spaces: tuple[FeatureSpace, ...]
+  lpips: object | None
+  cache: object = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """What an evaluation gives.
+
+  Attributes:
+    figures: everything measured, plain JSON values.
+    grid: the first conditions' photographs and samples, [(Faces of the real one, Faces of samples)].
+    worst: {'mask' or 'attributes': [(share right, face, what was found)]}, the worst samples.
+  """
+
+  figures: dict
+  grid: list[tuple[Faces, Faces]]
+  worst: dict[str, list]
+
+
+def evaluate_model(
+  pipeline: Pipeline, dataset: PreparedDataset, protocol: Protocol, instruments: Instruments
+) -> Result:
+  """Draws samples for held-out conditions and measures them, the photographs and reconstructions.
+
+  Args:
+    pipeline: the model.
+    dataset: prepared at the model's size, with its schema.
+    protocol: how.
+    instruments: with what.
+
+  Raises:
+    UserError: model, data and instruments do not fit one another, or the samples are too few.
+  """
+  check_fit(dataset, instruments, pipeline)
+  examples = condition_examples(dataset, protocol)
+  samples = generated_faces(pipeline, dataset, protocol, examples)
+  evaluation = _Evaluation(dataset, protocol, instruments, protocol.num_samples)
+  return evaluation.run(examples, samples, pipeline)
+
+
+def evaluate_images(
+  samples: Iterator[Faces],
+  num_samples: int,
+  examples: np.ndarray,
+  dataset: PreparedDataset,
+  protocol: Protocol,
+  instruments: Instruments,
+) -> Result:
+  """Measures images from elsewhere; those that carry no condition have distances alone.
+
+  Args:
+    samples: the images, from `faces.folder_faces`.
+    num_samples: how many there are.
+    examples: the records of the faces that the photographs are compared with.
+    dataset, protocol, instruments: as `evaluate_model`.
+  """
+  check_fit(dataset, instruments)
+  evaluation = _Evaluation(dataset, protocol, instruments, num_samples)
+  return evaluation.run(examples, samples, None)
+
+
+def check_fit(dataset: PreparedDataset, instruments: Instruments, pipeline: Pipeline | None = None):
+  """Raises `UserError` unless schema and image size are one in all parts."""
+  source = f'the data set {dataset.directory}'
+  if pipeline is not None:
+    if pipeline.image_size != dataset.image_size:
+      raise UserError(
+        f'The model draws {pipeline.image_size} x {pipeline.image_size} pixels, and {source} was '
+        f'prepared at {dataset.image_size}. Prepare it at {pipeline.image_size}, or take another model.'
+      )
+    for what in ('attributes', 'classes'):
+      if getattr(pipeline.schema, what) != getattr(dataset.schema, what):
+        raise UserError(
+          f'The model was trained on other {what} than {source} has, so that its conditions cannot be '
+          'taken from there. Give the data set that it was trained on, or one with the same schema.'
+        )
+  for evaluator in filter(None, (instruments.parser, instruments.classifier)):
+    evaluator.check_schema(dataset.schema, source)
+    evaluator.check_image_size(dataset.image_size, source)
+
+
+class _Evaluation:
+  """One run of `evaluate_model` or `evaluate_images`."""
+
+  def __init__(self, dataset, protocol: Protocol, instruments: Instruments, num_samples: int):
+    self._dataset, self._protocol, self._instruments = dataset, protocol, instruments
+    self._num_samples = num_samples
+    self._metrics = load_metrics(protocol.metrics)
+    self._num_reference = min(
+      dataset.num_examples(protocol.reference_split),
+      protocol.num_reference or dataset.num_examples(protocol.reference_split),
+    )
+    if instruments.spaces:
+      protocol.check(num_samples, self._num_reference)
+    self._seconds = {}
+
+  def run(
+    self, examples: np.ndarray, samples: Iterator[Faces], pipeline: Pipeline | None
+  ) -> Result:
+    protocol, instruments = self._protocol, self._instruments
+    references = self._timed('reference', self._references)
+    sets, grid = {}, []
+    real = real_faces(self._dataset, protocol.split, protocol.batch_size, examples)
+    real, reconstructed, autoencoder, photographs = self._timed(
+      'real and reconstructed', self._photographs, real, len(examples), pipeline
+    )
+    sets['real'] = real.figures(references)
+    if pipeline is not None:
+      sets['reconstructions'] = reconstructed.figures(references)
+    meters = self._set(NUM_WORST)
+    diversity = None
+    if instruments.lpips is not None and pipeline is not None:
+      diversity = SampleDiversity(PairwiseDiversity(instruments.lpips, seed=protocol.seed))
+    drawing = 0.0
+    with tqdm(total=self._num_samples, desc='samples', unit='image') as bar:
+      start = clock = time.perf_counter()
+      for faces in samples:
+        drawing += time.perf_counter() - clock
+        meters.add(faces)
+        if diversity:
+          diversity.add(faces)
+        _keep_for_grid(grid, photographs, faces)
+        bar.update(len(faces))
+        clock = time.perf_counter()
+      if diversity:
+        diversity = diversity.figures()
+    self._seconds['drawing'] = drawing
+    self._seconds['measuring samples'] = time.perf_counter() - start - drawing
+    sets['samples'] = self._timed('distances', meters.figures, references)
+    figures = {
+      'protocol': dataclasses.asdict(protocol),
+      'data': self._about_data(examples),
+      'instruments': self._about_instruments(),
+      'sets': sets,
+      'diversity': diversity or None,
+      'autoencoder': autoencoder,
+      'seconds': {name: round(value, 2) for name, value in self._seconds.items()},
+    }
+    worst = {kind: meters.adherence.worst(kind) for kind in ('mask', 'attributes')}
+    return Result(figures, grid, worst)
+
+  def _timed(self, name, function, *arguments):
+    start = time.perf_counter()
+    result = function(*arguments)
+    self._seconds[name] = time.perf_counter() - start
+    return result
+
+  def _set(self, num_worst: int = 0) -> '_Set':
+    return _Set(self._dataset, self._protocol, self._instruments, self._metrics, num_worst)
+
+  def _references(self) -> dict[str, np.ndarray]:
+    return {
+      space.name: reference_features(
+        space,
+        self._dataset,
+        self._protocol.reference_split,
+        self._num_reference,
+        cache=self._instruments.cache,
+      )
+      for space in self._instruments.spaces
+    }
+
+  def _photographs(self, batches, count: int, pipeline: Pipeline | None):
+    """Measures the photographs and, with a model, their reconstructions."""
+    real, reconstructed = self._set(), self._set()
+    autoencoder, first = _AutoencoderMeter(self._instruments.lpips), None
+    for faces in tqdm(batches, total=-(-count // self._protocol.batch_size), desc='photographs'):
+      first = first or faces.rows(slice(GRID_CONDITIONS))
+      real.add(faces)
+      if pipeline is None:
+        continue
+      images, codes = _reconstruct(pipeline, faces.images, self._protocol.batch_size)
+      reconstructed.add(dataclasses.replace(faces, images=images))
+      autoencoder.add(faces.images, images, codes)
+    return real, reconstructed, pipeline and autoencoder.figures(pipeline), first
+
+  def _about_data(self, examples) -> dict:
+    dataset, protocol = self._dataset, self._protocol
+    return {
+      'directory': str(dataset.directory),
+      'fingerprint': dataset.fingerprint,
+      'embedded': dataset.embedded,
+      'image_size': dataset.image_size,
+      'split_scheme': dataset.split_scheme,
+      'split': protocol.split,
+      'conditions': len(examples),
+      'reference_split': protocol.reference_split,
+      'num_reference': self._num_reference,
+    }
+
+  def _about_instruments(self) -> dict:
+    about = {}
+    for evaluator in filter(None, (self._instruments.parser, self._instruments.classifier)):
+      about[evaluator.kind] = {
+        'sha256': evaluator.sha256,
+        'ceiling': evaluator.ceiling,
+        'provenance': evaluator.provenance,
+      }
+    for space in self._instruments.spaces:
+      about[space.name] = {
+        'title': space.title,
+        'protocol': space.protocol,
+        'weights_sha256': space.weights_sha256,
+      }
+    return about
+
+
+class _Set:
+  """All meters of one set of images."""
+
+  def __init__(
+    self, dataset, protocol: Protocol, instruments: Instruments, metrics, num_worst: int
+  ):
+    self._protocol = protocol
+    self.adherence = Adherence(
+      dataset.schema, instruments.parser, instruments.classifier, num_worst
+    )
+    self._features = [Features(space, protocol.batch_size) for space in instruments.spaces]
+    self._metrics = {name: OwnMetric(name, function) for name, function in metrics.items()}
+
+  def add(self, faces: Faces):
+    for meter in (self.adherence, *self._features, *self._metrics.values()):
+      meter.add(faces)
+
+  def figures(self, references: dict[str, np.ndarray]) -> dict:
+    """Everything measured of this set; distances are to the reference features."""
+    return {
+      **self.adherence.figures(),
+      'distances': {
+        meter.space.name: self._distances(
+          meter.space, references[meter.space.name], meter.features()
+        )
+        for meter in self._features
+      },
+      'metrics': {name: metric.figures() for name, metric in self._metrics.items()},
+    }
+
+  def _distances(self, space: FeatureSpace, reference: np.ndarray, features: np.ndarray) -> dict:
+    protocol, figures = self._protocol, {}
+    if protocol.frechet:
+      figures[space.frechet] = _or_refused(
+        lambda: frechet_figure(
+          distances.Moments.of(reference),
+          distances.Moments.of(features),
+          force=protocol.force,
+          name=space.frechet,
+        )
+      )
+    if protocol.kernel:
+      figures[space.kernel] = _or_refused(
+        lambda: kernel_figure(
+          reference,
+          features,
+          subset_size=protocol.kernel_subset_size,
+          num_subsets=protocol.kernel_num_subsets,
+          seed=protocol.seed,
+          force=protocol.force,
+          name=space.kernel,
+        )
+      )
+      figures['precision and recall'] = _or_refused(
+        lambda: _precision_recall(reference, features, protocol)
+      )
+    return figures
+
+
+def _precision_recall(reference, features, protocol: Protocol) -> dict:
+  """Against as many photographs as there are samples: the manifolds grow with the number of either."""
+  count = min(len(reference), len(features))
+  rng = np.random.default_rng(protocol.seed)
+  chosen = [np.sort(rng.choice(len(x), count, replace=False)) for x in (reference, features)]
+  precision, recall = distances.precision_recall(
+    reference[chosen[0]], features[chosen[1]], protocol.neighbours
+  )
+  return {'precision': precision, 'recall': recall, 'num': count}
+
+
+def _or_refused(figure) -> dict:
+  """The figure, or why there is none."""
+  try:
+    value = figure()
+  except UserError as error:
+    return {'refused': str(error)}
+  return value if isinstance(value, dict) else dataclasses.asdict(value)
+
+
+def _reconstruct(pipeline: Pipeline, images: np.ndarray, batch_size: int):
+  """uint8 images through the autoencoder; short batches are filled up."""
+  padding = [(0, max(0, batch_size - len(images)))] + [(0, 0)] * 3
+  padded = np.pad(images, padding).astype(np.float32) / 127.5 - 1.0
+  output, codes = pipeline.reconstruct(padded)
+  count = len(images)
+  return pictures.to_uint8(output)[:count], codes if codes is None else np.asarray(codes)[:count]
+
+
+class _AutoencoderMeter:
+  """PSNR, SSIM, LPIPS and the codes in use."""
+
+  def __init__(self, lpips):
+    self._lpips = None if lpips is None else jax.device_put(jax.tree_util.Partial(lpips))
+    self._values, self._codes = {'psnr': [], 'ssim': [], 'lpips': []}, set()
+
+  def add(self, images: np.ndarray, reconstructions: np.ndarray, codes: np.ndarray | None):
+    """Takes a batch of uint8 pairs."""
+    self._values['psnr'].append(np.asarray(reconstruction.psnr(images, reconstructions)))
+    if min(images.shape[1:3]) >= 11:
+      self._values['ssim'].append(np.asarray(reconstruction.ssim(images, reconstructions)))
+    if self._lpips is not None:
+      self._values['lpips'].append(
+        np.asarray(reconstruction.lpips(self._lpips, images, reconstructions))
+      )
+    if codes is not None:
+      self._codes.update(np.unique(codes).tolist())
+
+  def figures(self, pipeline: Pipeline) -> dict:
+    """{'psnr': {'mean', 'std', 'num'}, ..., 'codebook_use': share of the codes that were used}."""
+    figures = {}
+    for name, parts in self._values.items():
+      if parts:
+        values = np.concatenate(parts).astype(np.float64)
+        figures[name] = {
+          'mean': float(values.mean()),
+          'std': float(values.std()),
+          'num': len(values),
+        }
+    if self._codes:
+      figures['codebook_use'] = len(self._codes) / pipeline.config['autoencoder']['codebook_size']
+    return figures
+
+
+def _keep_for_grid(grid: list, photographs: Faces, samples: Faces):
+  """Keeps the first samples of the first conditions, beside the photographs."""
+  for i in range(len(grid), len(photographs)):
+    rows = np.flatnonzero(samples.names == photographs.names[i])
+    if len(rows):
+      grid.append((photographs.rows([i]), samples.rows(rows[:GRID_SAMPLES])))

@@ -1,0 +1,207 @@
+"""Where the images of an evaluation come from, batch by batch: real, reconstructed, drawn, or a folder."""
+
+import collections
+import dataclasses
+import itertools
+import pathlib
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+from p2ldm import pictures
+from p2ldm.data.image_files import IMAGE_SUFFIXES, read_image
+from p2ldm.data.labels import UNSPECIFIED, LabelSchema
+from p2ldm.data.prepared import PreparedDataset, labelled, ordered_batches
+from p2ldm.errors import UserError
+from p2ldm.evaluation.protocol import Protocol
+from p2ldm.pipeline import Pipeline
+
+
+@dataclasses.dataclass(frozen=True)
+class Faces:
+  """A batch of images and what each was asked to show.
+
+  Attributes:
+    images: (B, S, S, 3) uint8.
+    attributes: (B, A) int8.
+    mask: (B, S, S) uint8.
+    names: (B,) object array, of the faces whose conditions these are; samples of one condition follow
+      one another and share the name.
+  """
+
+  images: np.ndarray
+  attributes: np.ndarray
+  mask: np.ndarray
+  names: np.ndarray
+
+  def __len__(self):
+    return len(self.images)
+
+  def rows(self, index) -> 'Faces':
+    """The faces at `index`, anything that NumPy takes for the first axis."""
+    return Faces(*(getattr(self, field.name)[index] for field in dataclasses.fields(self)))
+
+
+def condition_examples(dataset: PreparedDataset, protocol: Protocol) -> np.ndarray:
+  """The records whose conditions are drawn from, each once, (C,) int64.
+
+  Raises:
+    UserError: there is no such split, or only faces with a mask are wanted and none has one.
+  """
+  wanted = -(-protocol.num_samples // protocol.samples_per_condition)
+  if not protocol.with_mask_only:
+    return np.arange(min(wanted, dataset.num_examples(protocol.split)))
+  examples = np.flatnonzero(labelled(dataset, protocol.split)['mask'])
+  if not len(examples):
+    raise UserError(
+      f'No face of the split {protocol.split!r} of {dataset.directory} has a mask; leave '
+      '--with_mask_only out.'
+    )
+  return examples[:wanted]
+
+
+def real_faces(
+  dataset: PreparedDataset, split: str, batch_size: int, examples: np.ndarray
+) -> Iterator[Faces]:
+  """Photographs with their own labels."""
+  for batch in ordered_batches(dataset, split, batch_size, examples=examples):
+    images = pictures.to_uint8(batch['image'])
+    yield Faces(images, batch['attributes'], batch['mask'], batch['name'])
+
+
+def generated_faces(
+  pipeline: Pipeline,
+  dataset: PreparedDataset,
+  protocol: Protocol,
+  examples: np.ndarray,
+  corrupt=None,
+) -> Iterator[Faces]:
+  """Samples for the conditions of `examples`, over and over until there are protocol.num_samples.
+
+  A condition that the model does not take is not given to it, and the faces still carry it.
+
+  Args:
+    pipeline: the model.
+    dataset: whose split `protocol.split` the examples belong to.
+    protocol: how to draw; sample i depends on (seed, i) and its condition alone.
+    examples: (C,) records.
+    corrupt: changes what the model is given, (attributes, mask, first index) -> (attributes, mask);
+      the faces carry the conditions as they were.
+  """
+  count = protocol.samples_per_condition
+  takes = pipeline.config['denoiser']
+  per_batch = max(1, protocol.batch_size // count)
+  start = 0
+  chosen = itertools.chain.from_iterable(
+    real_faces(dataset, protocol.split, per_batch, examples) for _ in itertools.count()
+  )
+  while start < protocol.num_samples:
+    conditions = next(chosen)
+    attributes, mask = conditions.attributes, conditions.mask
+    if corrupt is not None:
+      attributes, mask = corrupt(attributes, mask, start // count)
+    if takes['attributes'] == 'none':
+      attributes = np.zeros_like(attributes)
+    if takes['mask'] == 'none':
+      mask = np.full_like(mask, UNSPECIFIED)
+    rows = np.repeat(np.arange(len(conditions)), count)[: protocol.num_samples - start]
+    latents = pipeline.sample_latents(
+      attributes[rows],
+      mask[rows],
+      len(rows),
+      seed=protocol.seed,
+      first_image=start,
+      steps=protocol.steps,
+      sampler=protocol.sampler,
+      eta=protocol.eta,
+      guidance={'attributes': protocol.attributes_scale, 'mask': protocol.mask_scale},
+      batch_size=len(rows),
+    )
+    faces = conditions.rows(rows)
+    yield dataclasses.replace(faces, images=pictures.to_uint8(pipeline.decode(latents)))
+    start += len(rows)
+
+
+def folder_files(directory) -> list[pathlib.Path]:
+  """The images of a folder, by name.
+
+  Raises:
+    UserError: there is no such folder, or no image in it.
+  """
+  directory = pathlib.Path(directory)
+  if not directory.is_dir():
+    raise UserError(f'There is no folder {directory}; --images takes a folder of images.')
+  files = [p for p in sorted(directory.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES]
+  files = [path for path in files if path.name != 'grid.png']  # of `python -m p2ldm.sample`
+  if not files:
+    raise UserError(
+      f'{directory} holds no images; they end in {", ".join(IMAGE_SUFFIXES)}, and lie in the folder itself.'
+    )
+  return files
+
+
+def match_names(files: list[pathlib.Path], names: list[str]) -> np.ndarray | None:
+  """Which face each image was drawn for: NAME.png, or NAME_0.png, NAME_1.png, ...
+
+  Returns:
+    (N,) int64 positions in `names`, or None if no file is named after a face.
+
+  Raises:
+    UserError: some files are named after a face and some are not.
+  """
+  position = {name: i for i, name in enumerate(names)}
+  found = []
+  for path in files:
+    stem = path.stem if path.stem in position else re.sub(r'_\d+$', '', path.stem)
+    found.append(position.get(stem, -1))
+  missing = [path for path, index in zip(files, found, strict=True) if index < 0]
+  if len(missing) == len(files):
+    return None
+  if missing:
+    raise UserError(
+      f'{len(files) - len(missing)} of {len(files)} images are named after a face of the split, and '
+      f'{missing[0].name} is not. Name all of them NAME.png or NAME_0.png, NAME_1.png, ..., so that it is '
+      'known what each was to show, or none, and only distances are computed.'
+    )
+  return np.array(found, np.int64)
+
+
+def folder_faces(
+  files: list[pathlib.Path],
+  image_size: int,
+  schema: LabelSchema,
+  batch_size: int,
+  conditions: Iterator[Faces] | None = None,
+) -> Iterator[Faces]:
+  """The images of a folder; `conditions`, one face at a time and per file, says what each is to show.
+
+  Raises:
+    UserError: an image cannot be read, or is not image_size x image_size.
+  """
+  batch = collections.deque()
+  for path in files:
+    image = np.asarray(read_image(path))
+    if image.shape[:2] != (image_size, image_size):
+      raise UserError(
+        f'{path} is {image.shape[1]} x {image.shape[0]} pixels, and all images must be {image_size} x '
+        f'{image_size} as the data set is: resizing would change every figure. Resize them yourself, or '
+        'give a data set prepared at their size.'
+      )
+    if conditions is None:
+      nothing = np.zeros((1, schema.num_attributes), np.int8)
+      mask = np.full((1, image_size, image_size), UNSPECIFIED, np.uint8)
+      face = Faces(image[None], nothing, mask, np.array([path.stem], object))
+    else:
+      face = dataclasses.replace(next(conditions), images=image[None])
+    batch.append(face)
+    if len(batch) == batch_size:
+      yield _stack(batch)
+      batch.clear()
+  if batch:
+    yield _stack(batch)
+
+
+def _stack(batch) -> Faces:
+  fields = dataclasses.fields(Faces)
+  return Faces(*(np.concatenate([getattr(face, f.name) for face in batch]) for f in fields))
