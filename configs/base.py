@@ -29,6 +29,73 @@ def get_config() -> ConfigDict:
         # More than 0: if `dir` does not exist, render this many synthetic faces and prepare them.
         'embedded_faces': 0,
       },
+      'evaluators': {
+        # A workdir whose parser and classifier are used; '' trains them (stages 'parser', 'classifier').
+        'pretrained': '',
+        'parser': {
+          'model': {
+            'patch': 2,  # pixels square that the finest level works on
+            'channels': 64,
+            'channel_multipliers': (1, 2, 4, 8),
+            'num_res_blocks': 1,
+            'dropout': 0.1,
+          },
+          'dice_weight': 0.5,  # of the soft Dice loss, beside cross-entropy; 0: none
+          'training': {
+            'batch_size': 32,
+            'num_steps': 20_000,
+            'learning_rate': 1e-3,
+            'warmup_steps': 500,
+            'final_learning_rate': 0.0,
+            'adam_b1': 0.9,
+            'adam_b2': 0.999,
+            'weight_decay': 0.05,
+            'gradient_clip': 1.0,
+            'ema_decay': 0.999,
+            'log_every': 100,
+            'evaluate_every': 1_000,
+            'sample_every': 5_000,
+            'checkpoint_every': 1_000,
+            'keep_checkpoints': 1,
+            'evaluation_faces': 1_000,
+          },
+        },
+        'classifier': {
+          'model': {
+            'patch': 4,
+            'channels': 64,
+            'channel_multipliers': (1, 2, 4, 8),
+            'num_res_blocks': 2,
+            'dropout': 0.2,
+          },
+          'training': {
+            'batch_size': 64,
+            'num_steps': 10_000,
+            'learning_rate': 1e-3,
+            'warmup_steps': 500,
+            'final_learning_rate': 0.0,
+            'adam_b1': 0.9,
+            'adam_b2': 0.999,
+            'weight_decay': 0.05,
+            'gradient_clip': 1.0,
+            'ema_decay': 0.999,
+            'log_every': 100,
+            'evaluate_every': 1_000,
+            'sample_every': 5_000,
+            'checkpoint_every': 1_000,
+            'keep_checkpoints': 1,
+            'evaluation_faces': 1_000,
+          },
+        },
+        # Of the faces that both are trained on, each by amounts of its own.
+        'augmentation': {
+          'shift': 0.06,  # at most, as a share of the side
+          'scale': 0.2,  # at most, each axis by itself, as log2
+          'color': 0.2,  # gain, offset and saturation, at most
+          'blur': 3.0,  # widest kernel in pixels, on half of the faces; 1: none
+          'noise': 0.1,  # largest standard deviation
+        },
+      },
       'autoencoder': {
         # A model directory or a workdir whose autoencoder is used; '' trains one.
         'pretrained': '',

@@ -10,9 +10,11 @@ def tiny(config: ConfigDict) -> None:
   """The embedded synthetic faces at 64 px: minutes on two CPU cores."""
   config.data.update({'dir': 'data/embedded_64', 'image_size': 64, 'embedded_faces': 2_000})
   small_models(config)
+  config.evaluators.parser.training.update({'num_steps': 700})
+  config.evaluators.classifier.training.update({'num_steps': 700})
   config.autoencoder.training.update({'num_steps': 400})
   config.diffusion.training.update({'num_steps': 1_500})
-  for training in (config.autoencoder.training, config.diffusion.training):
+  for training in trainings(config):
     training.update(
       {
         'warmup_steps': 50,
@@ -30,9 +32,11 @@ def faces64(config: ConfigDict) -> None:
   """Real faces (CelebAMask-HQ) prepared at 64 px, with models that fit a small machine."""
   config.data.update({'dir': 'data/celebamask_hq_64', 'image_size': 64})
   small_models(config)
+  config.evaluators.parser.training.update({'num_steps': 1_500})
+  config.evaluators.classifier.training.update({'num_steps': 3_400})
   config.autoencoder.training.update({'num_steps': 10_000})
   config.diffusion.training.update({'num_steps': 100_000})
-  for training in (config.autoencoder.training, config.diffusion.training):
+  for training in trainings(config):
     training.update(
       {
         'warmup_steps': 100,
@@ -47,6 +51,12 @@ def faces64(config: ConfigDict) -> None:
 
 def small_models(config: ConfigDict) -> None:
   """The networks of the runs at 64 px, and batches and learning rates that suit them."""
+  config.evaluators.parser.model.update({'channels': 32, 'channel_multipliers': (1, 2, 4)})
+  config.evaluators.classifier.model.update(
+    {'patch': 2, 'channels': 32, 'channel_multipliers': (1, 2, 4), 'num_res_blocks': 1}
+  )
+  for training in (config.evaluators.parser.training, config.evaluators.classifier.training):
+    training.update({'batch_size': 16, 'learning_rate': 2e-3})
   config.autoencoder.model.update(
     {
       'channels': 32,
@@ -76,6 +86,13 @@ def small_models(config: ConfigDict) -> None:
   config.diffusion.training.update(
     {'batch_size': 16, 'learning_rate': 1e-3, 'final_learning_rate': 0.0}
   )
+
+
+def trainings(config: ConfigDict) -> tuple[ConfigDict, ...]:
+  """The training sections of all tasks."""
+  evaluators = config.evaluators
+  tasks = (evaluators.parser, evaluators.classifier, config.autoencoder, config.diffusion)
+  return tuple(task.training for task in tasks)
 
 
 VARIANTS = {'tiny': tiny, 'faces64': faces64}

@@ -44,6 +44,16 @@ def denoiser_shapes(fields: Mapping, image_size: int, source: str) -> dict[str, 
   return _explained(_denoiser_shapes, source, json.dumps(fields), image_size)
 
 
+def evaluator_shapes(kind: type[nn.Module], fields: Mapping, image_size: int, source: str):
+  """As `autoencoder_shapes`, of a network `kind` that takes images of `image_size` pixels square."""
+
+  def shapes(fields):
+    image = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+    return _shapes(make_module(kind, fields), image)
+
+  return _explained(shapes, source, fields)
+
+
 def write_weights(path: pathlib.Path, params: Mapping, fields: Mapping, expected: Mapping) -> str:
   """Writes nested parameters and returns the file's SHA-256.
 

@@ -1,8 +1,10 @@
 """The stages of a run, in the order data flows through them.
 
+prepared data set -> parser and classifier, which judge what a model draws
 prepared data set -> autoencoder -> latent cache -> diffusion -> model directory
 """
 
+import functools
 import hashlib
 import json
 import pathlib
@@ -18,16 +20,18 @@ from p2ldm.diffusion.loss import loss_weights
 from p2ldm.diffusion.samplers import SAMPLERS
 from p2ldm.diffusion.schedule import Schedule, make_schedule, spaced_timesteps
 from p2ldm.errors import UserError
-from p2ldm.interop import model_directory
+from p2ldm.interop import evaluator_directory, model_directory
 from p2ldm.interop.model_directory import ModelParts
 from p2ldm.models.autoencoder import Autoencoder
 from p2ldm.models.denoiser import Denoiser
 from p2ldm.models.layers import resolve_dtype
 from p2ldm.training import diffusion_task, loop
+from p2ldm.training.evaluator_stages import run_evaluator
 from p2ldm.training.pictures import SampleGrid
 from p2ldm.training.workdir import check_origin, open_workdir
 
-STAGES = ('autoencoder', 'latents', 'diffusion')
+EVALUATORS = ('parser', 'classifier')
+STAGES = (*EVALUATORS, 'autoencoder', 'latents', 'diffusion')
 
 
 def run(config, workdir):
@@ -45,6 +49,11 @@ def run(config, workdir):
   if not (pathlib.Path(workdir) / 'latents' / 'meta.json').exists():
     open_data(config)  # a missing or unfit data set is reported before anything is written
   workdir = open_workdir(workdir, config)
+  for kind in EVALUATORS:
+    if kind in config.stages:
+      run_evaluator(kind, config, workdir, mesh, functools.partial(open_data, config))
+  if not set(config.stages) - set(EVALUATORS):
+    return
   trained = run_autoencoder(config, workdir, mesh)
   if 'latents' in config.stages or 'diffusion' in config.stages:
     cache = run_latents(config, workdir, mesh, trained)
@@ -61,7 +70,8 @@ def validate(config, mesh):
     raise UserError(
       f'This is one of {jax.process_count()} processes, and training runs on the devices of one host.'
     )
-  for key in ('autoencoder.training', 'latents', 'diffusion.training'):
+  evaluators = [f'evaluators.{kind}.training' for kind in EVALUATORS if kind in config.stages]
+  for key in ('autoencoder.training', 'latents', 'diffusion.training', *evaluators):
     section = config
     for name in key.split('.'):
       section = section[name]
@@ -76,6 +86,10 @@ def validate(config, mesh):
   pretrained = config.autoencoder.pretrained
   if pretrained:
     model_directory.find(autoencoder_directory(pretrained))
+  if config.evaluators.pretrained:
+    for kind in EVALUATORS:
+      if kind in config.stages:
+        evaluator_directory.find(config.evaluators.pretrained, kind)
 
 
 def noise_schedule(config) -> Schedule:

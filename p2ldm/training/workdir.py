@@ -2,6 +2,8 @@
 
 WORKDIR/
   config.json      the config; a run goes on only with one that describes the same networks and data
+  parser/          checkpoints, metrics, pictures, and model/, the evaluator directory
+  classifier/      the same
   autoencoder/     checkpoints, metrics, pictures, and autoencoder.safetensors when it is complete
   latents/         the latent cache
   diffusion/       checkpoints, metrics, pictures
@@ -14,7 +16,16 @@ import pathlib
 from p2ldm.errors import UserError
 
 # What may change between a run's beginning and its continuation.
-_FREE = ('stages', 'mesh', 'compute_dtype', 'latents', 'sampling', 'data.dir')
+_FREE = (
+  'stages',
+  'mesh',
+  'compute_dtype',
+  'latents',
+  'sampling',
+  'data.dir',
+  'evaluators.pretrained',
+)
+_FREE_WHOLE = ('evaluators',)  # sections that a run may have been begun without
 _FREE_TRAINING = ('num_steps', 'learning_rate', 'warmup_steps', 'final_learning_rate', 'log_every',
                   'evaluate_every', 'sample_every', 'checkpoint_every', 'keep_checkpoints',
                   'evaluation_faces')  # fmt: skip
@@ -94,6 +105,9 @@ def differences(old: dict, new: dict, prefix: str = ''):
 def is_free(key: str) -> bool:
   """Whether a run may go on with another value of this dotted key."""
   section, _, name = key.rpartition('.')
-  return any(key == free or key.startswith(free + '.') for free in _FREE) or (
-    section.endswith('.training') and name in _FREE_TRAINING
+  return (
+    key in _FREE_WHOLE
+    or any(key == free or key.startswith(free + '.') for free in _FREE)
+    or section.endswith('.training')
+    and name in _FREE_TRAINING
   )
