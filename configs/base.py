@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     {
       'seed': 0,
       # What to run, in this order; a stage that is complete in the workdir is not run again.
-      'stages': ('autoencoder', 'latents', 'diffusion'),
+      'stages': ('parser', 'classifier', 'autoencoder', 'latents', 'diffusion'),
       # 'auto' is bfloat16 on TPU and GPU, float32 on the CPU. Parameters, norms, softmax and losses
       # are float32 everywhere.
       'compute_dtype': 'auto',
@@ -204,6 +204,35 @@ def get_config() -> ConfigDict:
         'attributes_scale': 3.0,
         'mask_scale': 1.5,
         'num_faces': 8,
+      },
+      # While the diffusion model trains: samples through parser and classifier, if there are any.
+      'probe': {
+        'every': 5_000,  # steps; 0: never
+        'num_faces': 64,
+        'steps': 20,  # of the sampler; the rest is as for the sample grids
+      },
+      # How `python -m p2ldm.evaluate --config=...` and `python -m p2ldm.ablate` measure.
+      'evaluation': {
+        'num_samples': 2_048,
+        'samples_per_condition': 4,
+        'split': 'validation',
+        'with_mask_only': False,  # conditions of faces that have a mask alone
+        'reference_split': 'train',  # distances are to its photographs ...
+        'num_reference': 0,  # ... the first so many, or all
+        'seed': 0,
+        'sampler': 'ddim',
+        'steps': 50,
+        'eta': 0.0,
+        'attributes_scale': 3.0,
+        'mask_scale': 1.5,
+        'batch_size': 16,
+        'frechet': True,  # FID and FD-VGG, from 2,048 samples
+        'kernel': True,  # KID and KD-VGG
+        'kernel_subset_size': 1_000,
+        'kernel_num_subsets': 100,
+        'neighbours': 3,  # of precision and recall
+        'force': False,  # compute distances from too few samples, and mark them
+        'metrics': {},  # your own: {name: 'module:function'}
       },
     }
   )

@@ -8,4 +8,5 @@ def get_config(variant: str = ''):
   config = variants.apply(base.get_config(), variant)
   config.denoiser.attributes = 'none'
   config.denoiser.mask = 'none'
+  config.stages = ('autoencoder', 'latents', 'diffusion')
   return config

@@ -14,6 +14,7 @@ def tiny(config: ConfigDict) -> None:
   config.evaluators.classifier.training.update({'num_steps': 700})
   config.autoencoder.training.update({'num_steps': 400})
   config.diffusion.training.update({'num_steps': 1_500})
+  config.probe.update({'every': 500, 'num_faces': 32})
   for training in trainings(config):
     training.update(
       {
@@ -36,6 +37,7 @@ def faces64(config: ConfigDict) -> None:
   config.evaluators.classifier.training.update({'num_steps': 3_400})
   config.autoencoder.training.update({'num_steps': 10_000})
   config.diffusion.training.update({'num_steps': 100_000})
+  config.probe.update({'every': 1_000, 'num_faces': 32})
   for training in trainings(config):
     training.update(
       {

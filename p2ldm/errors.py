@@ -10,12 +10,13 @@ class UserError(ValueError):
   """Bad usage or bad input; its message names what is at fault and what to do about it."""
 
 
-def run(main, flags_parser=None):
+def run(main, flags_parser=None, positional: int = 0):
   """Runs a command: flags parsed by absl, `UserError` printed as one paragraph, exit status 2.
 
   Args:
-    main: function of no arguments, called once the flags are parsed.
+    main: called once the flags are parsed, with the positional arguments that were given.
     flags_parser: replaces absl's own parsing of sys.argv where given.
+    positional: how many arguments without -- the command takes at most.
   """
 
   def parse(argv):
@@ -33,16 +34,18 @@ def run(main, flags_parser=None):
           'the folder configs/ is.'
         )
       )
-    if len(rest) > 1 and not flags_parser:
+    if len(rest) > 1 + positional and not flags_parser:
       fail(
-        UserError(f'Unexpected arguments: {" ".join(rest[1:])}. Options start with --; see --help.')
+        UserError(
+          f'Unexpected arguments: {" ".join(rest[1 + positional :])}. Options start with --; see --help.'
+        )
       )
     return rest
 
-  def guarded(_):
+  def guarded(argv):
     logging.set_verbosity(logging.WARNING)  # TFDS and Orbax report every file they touch
     try:
-      main()
+      main(*argv[1:])
     except UserError as error:
       fail(error)
     except FloatingPointError as error:  # training diverged; the message says what to do

@@ -29,7 +29,7 @@ VALIDATION_SEED = 1  # the noise of the validation losses is the same at every e
 
 
 def make_task(
-  config, denoiser: Denoiser, schedule: Schedule, cache: LatentCache, mesh, draw
+  config, denoiser: Denoiser, schedule: Schedule, cache: LatentCache, mesh, draw, probe=None
 ) -> Task:
   """The diffusion task of a config.
 
@@ -40,6 +40,7 @@ def make_task(
     cache: the latent cache of the run.
     mesh: the device mesh, for the evaluation's batches.
     draw: state -> {name: picture}.
+    probe: state -> {name: number}, or None.
   """
   training, train = config.diffusion.training, cache.splits['train']
   weights = loss_weights(schedule, config.diffusion)
@@ -85,6 +86,8 @@ def make_task(
     ),
     evaluate=Evaluation(config, loss, schedule.num_timesteps, cache, mesh),
     draw=draw,
+    probe=probe,
+    probe_every=config.probe.every,
   )
 
 

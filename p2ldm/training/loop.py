@@ -86,7 +86,7 @@ def run(task, state, step_fn, key, directory, mesh, checkpoints, export):
   def due(step, every):
     return step == last or (every > 0 and step % every == 0)
 
-  pending = None
+  pending, probing = None, task.probe is not None and task.probe_every > 0
   try:
     for step in range(first + 1, last + 1):
       batch = sharding.put_batch(next(batches), mesh)
@@ -98,6 +98,7 @@ def run(task, state, step_fn, key, directory, mesh, checkpoints, export):
         due(step, training.checkpoint_every)
         or due(step, training.evaluate_every)
         or due(step, training.sample_every)
+        or (probing and due(step, task.probe_every))
       ):
         log.add(step, pending, bar)  # nothing non-finite is saved or drawn
         pending = None
@@ -106,6 +107,12 @@ def run(task, state, step_fn, key, directory, mesh, checkpoints, export):
         if is_main:
           writer.scalars(step, {f'validation/{name}': value for name, value in values.items()})
           bar.write(f'{task.name} step {step}: ' + describe(values))
+      if probing and due(step, task.probe_every):
+        values = task.probe(state)
+        if is_main:
+          writer.scalars(step, {f'probe/{name}': value for name, value in values.items()})
+          bar.write(f'{task.name} step {step}, probe: ' + describe(values))
+        log.restart_clock()
       if due(step, training.sample_every):
         pictures = task.draw(state)
         if is_main:

@@ -5,7 +5,6 @@ import numpy as np
 from p2ldm import pictures
 from p2ldm.data.labels import UNSPECIFIED
 from p2ldm.data.latents import LatentCache
-from p2ldm.interop.model_directory import ModelParts
 from p2ldm.pipeline import Pipeline
 from p2ldm.training.state import TrainState
 
@@ -15,13 +14,13 @@ SAMPLES_PER_CONDITION = 4
 class SampleGrid:
   """Draws a few samples for each of the first validation faces; compiled once."""
 
-  def __init__(self, config, cache: LatentCache, parts: ModelParts):
-    """Takes the run's config and cache, and the model with whatever parameters of the denoiser."""
+  def __init__(self, config, cache: LatentCache, pipeline: Pipeline):
+    """Takes the run's config and cache, and the model, its denoiser's parameters to come."""
     self._sampling, self._seed = config.sampling, config.seed
-    self._takes = parts.config['denoiser']
+    self._takes = pipeline.config['denoiser']
     self._validation, self._schema = cache.splits['validation'], cache.schema
     self._faces = self._pick(min(config.sampling.num_faces, self._validation.num_images))
-    self._pipeline = Pipeline(parts, config.compute_dtype)
+    self._pipeline = pipeline
 
   def _pick(self, count: int) -> np.ndarray:
     """Faces with a mask first: where only some have one, they show most."""

@@ -20,14 +20,17 @@ from p2ldm.diffusion.loss import loss_weights
 from p2ldm.diffusion.samplers import SAMPLERS
 from p2ldm.diffusion.schedule import Schedule, make_schedule, spaced_timesteps
 from p2ldm.errors import UserError
+from p2ldm.evaluation.evaluators import Evaluator
 from p2ldm.interop import evaluator_directory, model_directory
 from p2ldm.interop.model_directory import ModelParts
 from p2ldm.models.autoencoder import Autoencoder
 from p2ldm.models.denoiser import Denoiser
 from p2ldm.models.layers import resolve_dtype
+from p2ldm.pipeline import Pipeline
 from p2ldm.training import diffusion_task, loop
 from p2ldm.training.evaluator_stages import run_evaluator
 from p2ldm.training.pictures import SampleGrid
+from p2ldm.training.probe import Probe
 from p2ldm.training.workdir import check_origin, open_workdir
 
 EVALUATORS = ('parser', 'classifier')
@@ -49,16 +52,14 @@ def run(config, workdir):
   if not (pathlib.Path(workdir) / 'latents' / 'meta.json').exists():
     open_data(config)  # a missing or unfit data set is reported before anything is written
   workdir = open_workdir(workdir, config)
-  for kind in EVALUATORS:
-    if kind in config.stages:
-      run_evaluator(kind, config, workdir, mesh, functools.partial(open_data, config))
+  evaluators = run_evaluators(config, workdir, mesh)
   if not set(config.stages) - set(EVALUATORS):
     return
   trained = run_autoencoder(config, workdir, mesh)
   if 'latents' in config.stages or 'diffusion' in config.stages:
     cache = run_latents(config, workdir, mesh, trained)
   if 'diffusion' in config.stages:
-    run_diffusion(config, workdir, mesh, trained, cache)
+    run_diffusion(config, workdir, mesh, trained, cache, evaluators)
 
 
 def validate(config, mesh):
@@ -120,6 +121,16 @@ def open_data(config):
       f'{config.data.image_size}. Prepare it at that size, or set --config.data.image_size.'
     )
   return dataset
+
+
+def run_evaluators(config, workdir, mesh) -> dict[str, Evaluator]:
+  """Loads or trains the parser and the classifier that the stages or the probe ask for, by kind."""
+  kinds = EVALUATORS if config.evaluators.pretrained and config.probe.every else config.stages
+  return {
+    kind: run_evaluator(kind, config, workdir, mesh, functools.partial(open_data, config))
+    for kind in EVALUATORS
+    if kind in kinds
+  }
 
 
 def run_autoencoder(config, workdir, mesh) -> ModelParts:
@@ -220,8 +231,8 @@ class Encoder:
     return np.asarray(self._encode(self._params, batch))[:rows]
 
 
-def run_diffusion(config, workdir, mesh, trained, cache):
-  """Trains the diffusion model and exports it as WORKDIR/model."""
+def run_diffusion(config, workdir, mesh, trained, cache, evaluators):
+  """Trains the diffusion model, probed by the evaluators, and exports it as WORKDIR/model."""
   num_steps = config.diffusion.training.num_steps
   model_dir = workdir / 'model'
   if loop.finished(workdir / 'diffusion', num_steps) and exported_step(model_dir) == num_steps:
@@ -239,8 +250,10 @@ def run_diffusion(config, workdir, mesh, trained, cache):
     params = jax.device_get(state.ema_params['denoiser'])
     model_directory.save(model_dir, parts(params, int(state.step)))
 
-  draw = SampleGrid(config, cache, parts({}, 0))
-  task = diffusion_task.make_task(config, denoiser, schedule, cache, mesh, draw)
+  pipeline = Pipeline(parts({}, 0), config.compute_dtype)
+  draw = SampleGrid(config, cache, pipeline)
+  probe = Probe(config, cache, pipeline, evaluators) if evaluators else None
+  task = diffusion_task.make_task(config, denoiser, schedule, cache, mesh, draw, probe)
   export(loop.train(task, workdir, mesh, config.seed, export))
   print(f'The model is in {model_dir}; pictures are in {workdir / "diffusion" / "pictures"}.')
 

@@ -28,6 +28,8 @@ class Task:
     train_batches: first step -> this process' rows of batch `first step`, the one after, ...
     evaluate: (state, frozen) -> {name: number}, on validation faces.
     draw: state -> {name: (H, W, 3) uint8 picture}.
+    probe: state -> {name: number}, a costlier evaluation with a rhythm of its own, or None.
+    probe_every: steps between two of them; 0 is never.
   """
 
   name: str
@@ -40,3 +42,5 @@ class Task:
   train_batches: Callable[[int], Iterator[Batch]]
   evaluate: Callable[[TrainState, Any], dict[str, float]]
   draw: Callable[[TrainState], dict[str, np.ndarray]]
+  probe: Callable[[TrainState], dict[str, float]] | None = None
+  probe_every: int = 0

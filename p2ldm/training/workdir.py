@@ -24,6 +24,8 @@ _FREE = (
   'sampling',
   'data.dir',
   'evaluators.pretrained',
+  'probe',
+  'evaluation',
 )
 _FREE_WHOLE = ('evaluators',)  # sections that a run may have been begun without
 _FREE_TRAINING = ('num_steps', 'learning_rate', 'warmup_steps', 'final_learning_rate', 'log_every',
