@@ -34,17 +34,24 @@ def test_every_pair_within_a_condition_counts_once(batch_size):
 
 
 def test_pairs_across_are_never_of_one_condition():
-  levels = np.arange(100)[:, None] * [2, 2, 2]  # within a condition all samples are the same
+  levels = np.arange(60)[:, None] * [2, 2, 2]  # within a condition all samples are the same
   result = diversity.pairwise_diversity(uniform(levels), absolute, 32)
-  assert result.within == diversity.Spread(0.0, 0.0, 300)
-  assert result.across.pairs == 297
+  assert result.within == diversity.Spread(0.0, 0.0, 180)
+  assert result.across.pairs == 177
   batch = []
   diversity.pairwise_diversity(uniform(levels), recording(batch), 32)
   across = np.array([(a, b) for a, b in batch if a != b])
-  assert len(across) == 297
+  assert len(across) == 177
   assert np.all(across[:, 0] > across[:, 1])
   np.testing.assert_allclose(result.across.mean, np.mean(across[:, 0] - across[:, 1]), rtol=1e-4)
   assert len(np.unique(across[:, 0] - across[:, 1])) > 20  # not only with a neighbour
+
+
+def test_only_so_many_conditions_are_kept(monkeypatch):
+  monkeypatch.setattr(diversity, '_KEPT', 1)
+  levels = np.arange(30)[:, None] * [2, 2]
+  result = diversity.pairwise_diversity(uniform(levels), absolute)
+  np.testing.assert_allclose([result.across.mean, result.across.std], [2, 0], atol=1e-4)
 
 
 def recording(batch):
