@@ -67,7 +67,11 @@ class Result:
 
 
 def evaluate_model(
-  pipeline: Pipeline, dataset: PreparedDataset, protocol: Protocol, instruments: Instruments
+  pipeline: Pipeline,
+  dataset: PreparedDataset,
+  protocol: Protocol,
+  instruments: Instruments,
+  photographs: bool = True,
 ) -> Result:
   """Draws samples for held-out conditions and measures them, the photographs and reconstructions.
 
@@ -76,6 +80,7 @@ def evaluate_model(
     dataset: prepared at the model's size, with its schema.
     protocol: how.
     instruments: with what.
+    photographs: whether to measure the photographs and their reconstructions, too.
 
   Raises:
     UserError: model, data and instruments do not fit one another, or the samples are too few.
@@ -84,7 +89,7 @@ def evaluate_model(
   examples = condition_examples(dataset, protocol)
   samples = generated_faces(pipeline, dataset, protocol, examples)
   evaluation = _Evaluation(dataset, protocol, instruments, protocol.num_samples)
-  return evaluation.run(examples, samples, pipeline)
+  return evaluation.run(examples, samples, pipeline, photographs)
 
 
 def evaluate_images(
@@ -105,7 +110,7 @@ def evaluate_images(
   """
   check_fit(dataset, instruments)
   evaluation = _Evaluation(dataset, protocol, instruments, num_samples)
-  return evaluation.run(examples, samples, None)
+  return evaluation.run(examples, samples, None, True)
 
 
 def check_fit(dataset: PreparedDataset, instruments: Instruments, pipeline: Pipeline | None = None):
@@ -144,18 +149,22 @@ class _Evaluation:
     self._seconds = {}
 
   def run(
-    self, examples: np.ndarray, samples: Iterator[Faces], pipeline: Pipeline | None
+    self,
+    examples: np.ndarray,
+    samples: Iterator[Faces],
+    pipeline: Pipeline | None,
+    photographs: bool,
   ) -> Result:
     protocol, instruments = self._protocol, self._instruments
     references = self._timed('reference', self._references)
     sets, grid = {}, []
-    real = real_faces(self._dataset, protocol.split, protocol.batch_size, examples)
-    real, reconstructed, autoencoder, photographs = self._timed(
-      'real and reconstructed', self._photographs, real, len(examples), pipeline
-    )
-    sets['real'] = real.figures(references)
-    if pipeline is not None:
-      sets['reconstructions'] = reconstructed.figures(references)
+    first = next(real_faces(self._dataset, protocol.split, GRID_CONDITIONS, examples))
+    autoencoder = None
+    if photographs:
+      real = real_faces(self._dataset, protocol.split, protocol.batch_size, examples)
+      sets, autoencoder = self._timed(
+        'real and reconstructed', self._photographs, real, len(examples), pipeline, references
+      )
     meters = self._set(NUM_WORST)
     diversity = None
     if instruments.lpips is not None and pipeline is not None:
@@ -168,7 +177,7 @@ class _Evaluation:
         meters.add(faces)
         if diversity:
           diversity.add(faces)
-        _keep_for_grid(grid, photographs, faces)
+        _keep_for_grid(grid, first, faces)
         bar.update(len(faces))
         clock = time.perf_counter()
       if diversity:
@@ -209,19 +218,22 @@ class _Evaluation:
       for space in self._instruments.spaces
     }
 
-  def _photographs(self, batches, count: int, pipeline: Pipeline | None):
+  def _photographs(self, batches, count: int, pipeline: Pipeline | None, references):
     """Measures the photographs and, with a model, their reconstructions."""
     real, reconstructed = self._set(), self._set()
-    autoencoder, first = _AutoencoderMeter(self._instruments.lpips), None
+    autoencoder = _AutoencoderMeter(self._instruments.lpips)
     for faces in tqdm(batches, total=-(-count // self._protocol.batch_size), desc='photographs'):
-      first = first or faces.rows(slice(GRID_CONDITIONS))
       real.add(faces)
       if pipeline is None:
         continue
       images, codes = _reconstruct(pipeline, faces.images, self._protocol.batch_size)
       reconstructed.add(dataclasses.replace(faces, images=images))
       autoencoder.add(faces.images, images, codes)
-    return real, reconstructed, pipeline and autoencoder.figures(pipeline), first
+    sets = {'real': real.figures(references)}
+    if pipeline is None:
+      return sets, None
+    sets['reconstructions'] = reconstructed.figures(references)
+    return sets, autoencoder.figures(pipeline)
 
   def _about_data(self, examples) -> dict:
     dataset, protocol = self._dataset, self._protocol

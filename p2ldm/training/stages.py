@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import pathlib
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,20 @@ EVALUATORS = ('parser', 'classifier')
 STAGES = (*EVALUATORS, 'autoencoder', 'latents', 'diffusion')
 
 
+class Shared(NamedTuple):
+  """What the diffusion stage builds on; several of them can share it.
+
+  Attributes:
+    trained: the autoencoder.
+    cache: the latents.
+    evaluators: for the probe, {'parser': ..., 'classifier': ...}, any of them.
+  """
+
+  trained: ModelParts | None
+  cache: LatentCache | None
+  evaluators: dict[str, Evaluator]
+
+
 def run(config, workdir):
   """Runs the stages of a config in a workdir.
 
@@ -49,17 +64,23 @@ def run(config, workdir):
   """
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   validate(config, mesh)
+  shared = run_before_diffusion(config, workdir, mesh)
+  if 'diffusion' in config.stages:
+    run_diffusion(config, pathlib.Path(workdir), mesh, *shared)
+
+
+def run_before_diffusion(config, workdir, mesh) -> Shared:
+  """Runs all stages but the last, as far as the config asks for them."""
   if not (pathlib.Path(workdir) / 'latents' / 'meta.json').exists():
     open_data(config)  # a missing or unfit data set is reported before anything is written
   workdir = open_workdir(workdir, config)
   evaluators = run_evaluators(config, workdir, mesh)
-  if not set(config.stages) - set(EVALUATORS):
-    return
-  trained = run_autoencoder(config, workdir, mesh)
+  trained = cache = None
+  if set(config.stages) - set(EVALUATORS):
+    trained = run_autoencoder(config, workdir, mesh)
   if 'latents' in config.stages or 'diffusion' in config.stages:
     cache = run_latents(config, workdir, mesh, trained)
-  if 'diffusion' in config.stages:
-    run_diffusion(config, workdir, mesh, trained, cache, evaluators)
+  return Shared(trained, cache, evaluators)
 
 
 def validate(config, mesh):

@@ -1,0 +1,181 @@
+"""The ablation: many trainings that differ in one thing each, measured alike.
+
+WORKDIR/
+  shared/                  parser, classifier, autoencoder, latents, and figures.json of real faces
+  cells/NAME/seed_S/       one training: diffusion/, model/, figures.json
+  results.json  results.md  cells.png  probe.png
+
+A cell that has figures is not run again; one that was interrupted goes on from its newest checkpoint.
+"""
+
+import copy
+import dataclasses
+import json
+import pathlib
+import time
+
+import jax
+from ml_collections import ConfigDict
+
+from p2ldm import sharding
+from p2ldm.evaluation.evaluation import Instruments, evaluate_model
+from p2ldm.evaluation.protocol import Protocol
+from p2ldm.pipeline import Pipeline
+from p2ldm.training import stages
+from p2ldm.training.workdir import open_workdir
+
+SHARED_STAGES = ('parser', 'classifier', 'autoencoder', 'latents')
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """One training of the ablation.
+
+  Attributes:
+    group: 'grid' or 'strategies'.
+    row, column: what it is called there; a strategy has no column, ''.
+    seed: of the training.
+    directory: its folder below WORKDIR/cells; cells that are the same training share it.
+    config: of its run.
+  """
+
+  group: str
+  row: str
+  column: str
+  seed: int
+  directory: str
+  config: ConfigDict
+
+
+def cells(config: ConfigDict) -> list[Cell]:
+  """The cells of an ablation config: the first seed of all of them, then the second, ...
+
+  Args:
+    config: as configs/ablation.py describes it.
+  """
+  named = [
+    ('grid', row, column, config.grid.seeds, (of_row, of_column))
+    for row, of_row in config.grid.rows.items()
+    for column, of_column in config.grid.columns.items()
+  ] + [
+    ('strategies', name, '', config.strategies.seeds, (keys,))
+    for name, keys in config.strategies.cells.items()
+  ]
+  found, directories = [], {}
+  for group, row, column, seeds, overrides in named:
+    for seed in seeds:
+      run = copy.deepcopy(config.run)
+      run.seed = seed
+      for keys in overrides:
+        run.update(keys)
+      name = f'{row}-{column}' if column else row
+      directory = directories.setdefault(run.to_json(sort_keys=True), f'{name}/seed_{seed}')
+      found.append(Cell(group, row, column, seed, directory, run))
+  seeds = list(dict.fromkeys((*config.grid.seeds, *config.strategies.seeds)))
+  return sorted(found, key=lambda cell: seeds.index(cell.seed))
+
+
+def run(config: ConfigDict, workdir, chosen=None) -> tuple[list[tuple[Cell, dict]], dict]:
+  """Trains and measures the cells of an ablation.
+
+  Args:
+    config: as configs/ablation.py describes it.
+    workdir: the folder of the ablation.
+    chosen: predicate of a cell; None takes all. Others count if they have figures already.
+
+  Returns:
+    [(cell, its figures)] of all that have figures, and those of real faces (none before a cell has).
+
+  Raises:
+    UserError: a config, the data set or the workdir is at fault.
+  """
+  workdir, run_config = pathlib.Path(workdir), config.run
+  mesh = sharding.make_mesh(run_config.mesh.data, run_config.mesh.fsdp)
+  protocol = Protocol(**run_config.evaluation.to_dict())
+  for cell in cells(config):
+    stages.validate(cell.config, mesh)
+  shared_config = copy.deepcopy(run_config)
+  shared_config.stages = SHARED_STAGES
+  shared = stages.run_before_diffusion(shared_config, workdir / 'shared', mesh)
+  bench = Bench(run_config, protocol, workdir, shared.evaluators)
+  results = []
+  for cell in cells(config):
+    directory = workdir / 'cells' / cell.directory
+    figures = read_figures(directory / 'figures.json', protocol)
+    if figures is None and (chosen is None or chosen(cell)):
+      figures = run_cell(cell, directory, mesh, shared, bench)
+    if figures is not None:
+      results.append((cell, figures))
+  return results, read_figures(bench.real_path, protocol) or {}
+
+
+def run_cell(cell: Cell, directory: pathlib.Path, mesh, shared, bench: 'Bench') -> dict:
+  """Trains one cell and measures it.
+
+  Returns:
+    Its figures; {'diverged': why} if the training became non-finite.
+  """
+  print(f'{cell.group}: {cell.row} {cell.column}, seed {cell.seed}, in {directory}')
+  start = time.perf_counter()
+  open_workdir(directory, cell.config)
+  try:
+    stages.run_diffusion(cell.config, directory, mesh, *shared)
+  except FloatingPointError as error:
+    figures = {'diverged': str(error)}
+  else:
+    figures = bench.figures(directory)
+  # Of the last start alone, if the training was interrupted.
+  figures['seconds_in_all'] = round(time.perf_counter() - start, 1)
+  figures['protocol'] = dataclasses.asdict(bench.protocol)
+  write_json(directory / 'figures.json', figures)
+  jax.clear_caches()  # each cell compiles networks of its own
+  return figures
+
+
+class Bench:
+  """Measures models of one ablation, all with the same instruments."""
+
+  def __init__(self, config, protocol: Protocol, workdir: pathlib.Path, evaluators: dict):
+    from p2ldm.evaluation import features
+    from p2ldm.models.perceptual import load_lpips
+
+    self.protocol = protocol
+    self.real_path = workdir / 'shared' / 'figures.json'
+    self._dataset = stages.open_data(config)
+    lpips = load_lpips()
+    self._instruments = Instruments(
+      evaluators['parser'],
+      evaluators['classifier'],
+      (features.vgg(),) if lpips is not None else (),
+      lpips,
+    )
+
+  def figures(self, model) -> dict:
+    """What `evaluate_model` says of a model directory or workdir.
+
+    Photographs and their reconstructions are measured with the first model, and written aside: the
+    autoencoder is the same in all.
+    """
+    first = read_figures(self.real_path, self.protocol) is None
+    result = evaluate_model(
+      Pipeline.from_pretrained(model), self._dataset, self.protocol, self._instruments, first
+    )
+    if first:
+      write_json(self.real_path, result.figures)
+    return result.figures
+
+
+def read_figures(path: pathlib.Path, protocol: Protocol) -> dict | None:
+  """The figures in a file, None if there are none or they were made by another protocol."""
+  if not path.exists():
+    return None
+  figures = json.loads(path.read_text())
+  wanted = json.loads(json.dumps(dataclasses.asdict(protocol)))
+  return figures if figures['protocol'] == wanted else None
+
+
+def write_json(path: pathlib.Path, values: dict):
+  """Writes a file whole or not at all."""
+  partial = path.with_suffix('.partial')
+  partial.write_text(json.dumps(values, indent=1) + '\n')
+  partial.rename(path)
