@@ -111,9 +111,9 @@ def load_instruments(evaluators, model, inception_weights, cache, protocol):
   Raises:
     UserError: what was asked for by name is not there, or there is nothing to measure with.
   """
-  from p2ldm.evaluation import features
-  from p2ldm.evaluation.evaluation import Instruments
+  from p2ldm.evaluation import features, reference
   from p2ldm.evaluation.evaluators import load_classifier, load_parser
+  from p2ldm.evaluation.sets import Instruments
   from p2ldm.models.perceptual import load_lpips
 
   folder = pathlib.Path(evaluators or model or '.')
@@ -140,6 +140,7 @@ def load_instruments(evaluators, model, inception_weights, cache, protocol):
       "There is nothing to measure with: give --evaluators, install 'p2ldm[perceptual]', or give "
       '--inception_weights.'
     )
+  cache = cache or reference.CACHE
   return Instruments(parser, classifier, tuple(spaces), lpips, cache)
 
 

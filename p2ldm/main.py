@@ -43,14 +43,19 @@ def main():
       'give --config=configs/multi.py, say; a variant follows a colon.'
     )
   # Imported here: --help and a bad flag should not wait for JAX.
-  import jax
-
   from p2ldm.training import stages
+
+  use_compilation_cache()
+  stages.run(_CONFIG.value, _WORKDIR.value or default_workdir(path))
+
+
+def use_compilation_cache():
+  """Keeps what XLA compiles in ~/.cache/p2ldm/xla, unless JAX was told to keep it elsewhere."""
+  import jax
 
   if jax.config.jax_compilation_cache_dir is None:
     cache = pathlib.Path.home() / '.cache' / 'p2ldm' / 'xla'
     jax.config.update('jax_compilation_cache_dir', str(cache))
-  stages.run(_CONFIG.value, _WORKDIR.value or default_workdir(path))
 
 
 def default_workdir(config_path: str) -> str:

@@ -18,37 +18,16 @@ from tqdm import tqdm
 from p2ldm import pictures
 from p2ldm.data.prepared import PreparedDataset
 from p2ldm.errors import UserError
-from p2ldm.evaluation import distances, reconstruction
+from p2ldm.evaluation import reconstruction
 from p2ldm.evaluation.diversity import PairwiseDiversity
-from p2ldm.evaluation.evaluators import Classifier, Parser
 from p2ldm.evaluation.faces import Faces, condition_examples, generated_faces, real_faces
-from p2ldm.evaluation.features import FeatureSpace
-from p2ldm.evaluation.figures import frechet_figure, kernel_figure
-from p2ldm.evaluation.meters import Adherence, Features, OwnMetric, SampleDiversity
+from p2ldm.evaluation.meters import SampleDiversity
 from p2ldm.evaluation.protocol import Protocol, load_metrics
-from p2ldm.evaluation.reference import reference_features
+from p2ldm.evaluation.sets import Instruments, SetMeters, num_reference, reference_sets
 from p2ldm.pipeline import Pipeline
 
 NUM_WORST = 8  # images shown for each way to be wrong
 GRID_CONDITIONS, GRID_SAMPLES = 8, 4
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruments:
-  """What figures are read with.
-
-  Attributes:
-    parser, classifier: None leaves their figures out.
-    spaces: in which distances are computed.
-    lpips: from `perceptual.load_lpips`, None leaves LPIPS and the diversity out.
-    cache: folder of reference features, None for the default.
-  """
-
-  parser: Parser | None
-  classifier: Classifier | None
-  spaces: tuple[FeatureSpace, ...]
-  lpips: object | None
-  cache: object = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,10 +119,7 @@ class _Evaluation:
     self._dataset, self._protocol, self._instruments = dataset, protocol, instruments
     self._num_samples = num_samples
     self._metrics = load_metrics(protocol.metrics)
-    self._num_reference = min(
-      dataset.num_examples(protocol.reference_split),
-      protocol.num_reference or dataset.num_examples(protocol.reference_split),
-    )
+    self._num_reference = num_reference(dataset, protocol)
     if instruments.spaces:
       protocol.check(num_samples, self._num_reference)
     self._seconds = {}
@@ -156,7 +132,7 @@ class _Evaluation:
     photographs: bool,
   ) -> Result:
     protocol, instruments = self._protocol, self._instruments
-    references = self._timed('reference', self._references)
+    references = self._timed('reference', reference_sets, self._dataset, protocol, instruments)
     sets, grid = {}, []
     first = next(real_faces(self._dataset, protocol.split, GRID_CONDITIONS, examples))
     autoencoder = None
@@ -203,20 +179,10 @@ class _Evaluation:
     self._seconds[name] = time.perf_counter() - start
     return result
 
-  def _set(self, num_worst: int = 0) -> '_Set':
-    return _Set(self._dataset, self._protocol, self._instruments, self._metrics, num_worst)
-
-  def _references(self) -> dict[str, np.ndarray]:
-    return {
-      space.name: reference_features(
-        space,
-        self._dataset,
-        self._protocol.reference_split,
-        self._num_reference,
-        cache=self._instruments.cache,
-      )
-      for space in self._instruments.spaces
-    }
+  def _set(self, num_worst: int = 0) -> SetMeters:
+    return SetMeters(
+      self._dataset.schema, self._protocol, self._instruments, self._metrics, num_worst
+    )
 
   def _photographs(self, batches, count: int, pipeline: Pipeline | None, references):
     """Measures the photographs and, with a model, their reconstructions."""
@@ -264,85 +230,6 @@ class _Evaluation:
         'weights_sha256': space.weights_sha256,
       }
     return about
-
-
-class _Set:
-  """All meters of one set of images."""
-
-  def __init__(
-    self, dataset, protocol: Protocol, instruments: Instruments, metrics, num_worst: int
-  ):
-    self._protocol = protocol
-    self.adherence = Adherence(
-      dataset.schema, instruments.parser, instruments.classifier, num_worst
-    )
-    self._features = [Features(space, protocol.batch_size) for space in instruments.spaces]
-    self._metrics = {name: OwnMetric(name, function) for name, function in metrics.items()}
-
-  def add(self, faces: Faces):
-    for meter in (self.adherence, *self._features, *self._metrics.values()):
-      meter.add(faces)
-
-  def figures(self, references: dict[str, np.ndarray]) -> dict:
-    """Everything measured of this set; distances are to the reference features."""
-    return {
-      **self.adherence.figures(),
-      'distances': {
-        meter.space.name: self._distances(
-          meter.space, references[meter.space.name], meter.features()
-        )
-        for meter in self._features
-      },
-      'metrics': {name: metric.figures() for name, metric in self._metrics.items()},
-    }
-
-  def _distances(self, space: FeatureSpace, reference: np.ndarray, features: np.ndarray) -> dict:
-    protocol, figures = self._protocol, {}
-    if protocol.frechet:
-      figures[space.frechet] = _or_refused(
-        lambda: frechet_figure(
-          distances.Moments.of(reference),
-          distances.Moments.of(features),
-          force=protocol.force,
-          name=space.frechet,
-        )
-      )
-    if protocol.kernel:
-      figures[space.kernel] = _or_refused(
-        lambda: kernel_figure(
-          reference,
-          features,
-          subset_size=protocol.kernel_subset_size,
-          num_subsets=protocol.kernel_num_subsets,
-          seed=protocol.seed,
-          force=protocol.force,
-          name=space.kernel,
-        )
-      )
-      figures['precision and recall'] = _or_refused(
-        lambda: _precision_recall(reference, features, protocol)
-      )
-    return figures
-
-
-def _precision_recall(reference, features, protocol: Protocol) -> dict:
-  """Against as many photographs as there are samples: the manifolds grow with the number of either."""
-  count = min(len(reference), len(features))
-  rng = np.random.default_rng(protocol.seed)
-  chosen = [np.sort(rng.choice(len(x), count, replace=False)) for x in (reference, features)]
-  precision, recall = distances.precision_recall(
-    reference[chosen[0]], features[chosen[1]], protocol.neighbours
-  )
-  return {'precision': precision, 'recall': recall, 'num': count}
-
-
-def _or_refused(figure) -> dict:
-  """The figure, or why there is none."""
-  try:
-    value = figure()
-  except UserError as error:
-    return {'refused': str(error)}
-  return value if isinstance(value, dict) else dataclasses.asdict(value)
 
 
 def _reconstruct(pipeline: Pipeline, images: np.ndarray, batch_size: int):

@@ -13,13 +13,15 @@ import dataclasses
 import json
 import pathlib
 import time
+from collections.abc import Iterator
 
 import jax
 from ml_collections import ConfigDict
 
 from p2ldm import sharding
-from p2ldm.evaluation.evaluation import Instruments, evaluate_model
+from p2ldm.evaluation.evaluation import evaluate_model
 from p2ldm.evaluation.protocol import Protocol
+from p2ldm.evaluation.sets import Instruments
 from p2ldm.pipeline import Pipeline
 from p2ldm.training import stages
 from p2ldm.training.workdir import open_workdir
@@ -75,15 +77,17 @@ def cells(config: ConfigDict) -> list[Cell]:
   return sorted(found, key=lambda cell: seeds.index(cell.seed))
 
 
-def run(config: ConfigDict, workdir, chosen=None) -> tuple[list[tuple[Cell, dict]], dict]:
-  """Trains and measures the cells of an ablation.
+def run(
+  config: ConfigDict, workdir, chosen: list[Cell]
+) -> Iterator[tuple[list[tuple[Cell, dict]], dict]]:
+  """Trains and measures cells of an ablation, and yields what there is after each of them.
 
   Args:
     config: as configs/ablation.py describes it.
     workdir: the folder of the ablation.
-    chosen: predicate of a cell; None takes all. Others count if they have figures already.
+    chosen: those to run; others count if they have figures already.
 
-  Returns:
+  Yields:
     [(cell, its figures)] of all that have figures, and those of real faces (none before a cell has).
 
   Raises:
@@ -98,23 +102,29 @@ def run(config: ConfigDict, workdir, chosen=None) -> tuple[list[tuple[Cell, dict
   shared_config.stages = SHARED_STAGES
   shared = stages.run_before_diffusion(shared_config, workdir / 'shared', mesh)
   bench = Bench(run_config, protocol, workdir, shared.evaluators)
-  results = []
-  for cell in cells(config):
-    directory = workdir / 'cells' / cell.directory
-    figures = read_figures(directory / 'figures.json', protocol)
-    if figures is None and (chosen is None or chosen(cell)):
-      figures = run_cell(cell, directory, mesh, shared, bench)
-    if figures is not None:
-      results.append((cell, figures))
-  return results, read_figures(bench.real_path, protocol) or {}
+  everything = cells(config)
+  figures = {cell.directory: read_cell(cell, workdir, protocol) for cell in everything}
+  for cell in chosen:
+    if figures[cell.directory] is None:
+      figures[cell.directory] = run_cell(cell, workdir, mesh, shared, bench)
+    results = [(c, figures[c.directory]) for c in everything if figures[c.directory]]
+    yield results, read_figures(bench.real_path, about(run_config, protocol)) or {}
 
 
-def run_cell(cell: Cell, directory: pathlib.Path, mesh, shared, bench: 'Bench') -> dict:
+def read_cell(cell: Cell, workdir: pathlib.Path, protocol: Protocol) -> dict | None:
+  """The figures of a cell that was run to its end, else None."""
+  path = workdir / 'cells' / cell.directory / 'figures.json'
+  return read_figures(path, about(cell.config, protocol))
+
+
+def run_cell(cell: Cell, workdir: pathlib.Path, mesh, shared, bench: 'Bench') -> dict:
   """Trains one cell and measures it.
 
   Returns:
-    Its figures; {'diverged': why} if the training became non-finite.
+    Its figures, and what the probe said as it was trained; {'diverged': why} in place of all that if
+    the training became non-finite.
   """
+  directory = workdir / 'cells' / cell.directory
   print(f'{cell.group}: {cell.row} {cell.column}, seed {cell.seed}, in {directory}')
   start = time.perf_counter()
   open_workdir(directory, cell.config)
@@ -126,7 +136,8 @@ def run_cell(cell: Cell, directory: pathlib.Path, mesh, shared, bench: 'Bench') 
     figures = bench.figures(directory)
   # Of the last start alone, if the training was interrupted.
   figures['seconds_in_all'] = round(time.perf_counter() - start, 1)
-  figures['protocol'] = dataclasses.asdict(bench.protocol)
+  figures['probe'] = read_probe(directory / 'diffusion' / 'metrics.jsonl')
+  figures['about'] = about(cell.config, bench.protocol)
   write_json(directory / 'figures.json', figures)
   jax.clear_caches()  # each cell compiles networks of its own
   return figures
@@ -141,6 +152,7 @@ class Bench:
 
     self.protocol = protocol
     self.real_path = workdir / 'shared' / 'figures.json'
+    self._about = about(config, protocol)
     self._dataset = stages.open_data(config)
     lpips = load_lpips()
     self._instruments = Instruments(
@@ -156,22 +168,46 @@ class Bench:
     Photographs and their reconstructions are measured with the first model, and written aside: the
     autoencoder is the same in all.
     """
-    first = read_figures(self.real_path, self.protocol) is None
+    first = read_figures(self.real_path, self._about) is None
     result = evaluate_model(
       Pipeline.from_pretrained(model), self._dataset, self.protocol, self._instruments, first
     )
     if first:
-      write_json(self.real_path, result.figures)
+      write_json(self.real_path, {**result.figures, 'about': self._about})
     return result.figures
 
 
-def read_figures(path: pathlib.Path, protocol: Protocol) -> dict | None:
-  """The figures in a file, None if there are none or they were made by another protocol."""
+def about(config: ConfigDict, protocol: Protocol) -> dict:
+  """What figures stand for: others were made by another protocol, or after another training."""
+  num_steps = {
+    name: section.training.num_steps
+    for name, section in (
+      ('autoencoder', config.autoencoder),
+      ('diffusion', config.diffusion),
+      ('parser', config.evaluators.parser),
+      ('classifier', config.evaluators.classifier),
+    )
+  }
+  return json.loads(json.dumps({'protocol': dataclasses.asdict(protocol), 'num_steps': num_steps}))
+
+
+def read_figures(path: pathlib.Path, wanted: dict) -> dict | None:
+  """The figures in a file, None if there are none or they are `about` something else than `wanted`."""
   if not path.exists():
     return None
   figures = json.loads(path.read_text())
-  wanted = json.loads(json.dumps(dataclasses.asdict(protocol)))
-  return figures if figures['protocol'] == wanted else None
+  return figures if figures['about'] == wanted else None
+
+
+def read_probe(path: pathlib.Path) -> dict[str, dict[int, float]]:
+  """{figure: {step: value}} of what the probe logged in a metrics.jsonl."""
+  probe = {}
+  for line in path.read_text().splitlines():
+    row = json.loads(line)
+    for name, value in row.items():
+      if name.startswith('probe/'):
+        probe.setdefault(name.removeprefix('probe/'), {})[row['step']] = value
+  return probe
 
 
 def write_json(path: pathlib.Path, values: dict):

@@ -1,0 +1,143 @@
+"""All figures of one set of images: adherence, distances to the reference set, a user's own metrics."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from p2ldm.data.labels import LabelSchema
+from p2ldm.data.prepared import PreparedDataset
+from p2ldm.errors import UserError
+from p2ldm.evaluation import distances
+from p2ldm.evaluation.evaluators import Classifier, Parser
+from p2ldm.evaluation.faces import Faces
+from p2ldm.evaluation.features import FeatureSpace
+from p2ldm.evaluation.figures import frechet_figure, kernel_figure
+from p2ldm.evaluation.meters import Adherence, Features, OwnMetric
+from p2ldm.evaluation.protocol import Protocol
+from p2ldm.evaluation.reference import CACHE, reference_features
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruments:
+  """What figures are read with.
+
+  Attributes:
+    parser, classifier: None leaves their figures out.
+    spaces: in which distances are computed.
+    lpips: from `perceptual.load_lpips`, None leaves LPIPS and the diversity out.
+    cache: folder of reference features.
+  """
+
+  parser: Parser | None
+  classifier: Classifier | None
+  spaces: tuple[FeatureSpace, ...]
+  lpips: Callable | None
+  cache: object = CACHE
+
+
+def num_reference(dataset: PreparedDataset, protocol: Protocol) -> int:
+  """How many photographs distances are measured to."""
+  available = dataset.num_examples(protocol.reference_split)
+  return min(available, protocol.num_reference or available)
+
+
+def reference_sets(
+  dataset: PreparedDataset, protocol: Protocol, instruments: Instruments
+) -> dict[str, np.ndarray]:
+  """The reference features (N, D) by the name of their space, from the cache or computed."""
+  return {
+    space.name: reference_features(
+      dataset,
+      protocol.reference_split,
+      space,
+      num_reference(dataset, protocol),
+      protocol.batch_size,
+      instruments.cache,
+    )
+    for space in instruments.spaces
+  }
+
+
+class SetMeters:
+  """All meters of one set of images."""
+
+  def __init__(
+    self,
+    schema: LabelSchema,
+    protocol: Protocol,
+    instruments: Instruments,
+    metrics: Mapping[str, Callable] | None = None,
+    num_worst: int = 0,
+  ):
+    """Takes what to measure with; `metrics` are a user's own, by name."""
+    self._protocol = protocol
+    self.adherence = Adherence(schema, instruments.parser, instruments.classifier, num_worst)
+    self._features = [Features(space, protocol.batch_size) for space in instruments.spaces]
+    self._metrics = {name: OwnMetric(name, function) for name, function in (metrics or {}).items()}
+
+  def add(self, faces: Faces):
+    """Measures a batch."""
+    for meter in (self.adherence, *self._features, *self._metrics.values()):
+      meter.add(faces)
+
+  def figures(self, references: dict[str, np.ndarray]) -> dict:
+    """Everything measured of this set; distances are to the reference features."""
+    return {
+      **self.adherence.figures(),
+      'distances': {
+        meter.space.name: self._distances(
+          meter.space, references[meter.space.name], meter.features()
+        )
+        for meter in self._features
+      },
+      'metrics': {name: metric.figures() for name, metric in self._metrics.items()},
+    }
+
+  def _distances(self, space: FeatureSpace, reference: np.ndarray, features: np.ndarray) -> dict:
+    protocol, figures = self._protocol, {}
+    if protocol.frechet:
+      figures[space.frechet] = _or_refused(
+        lambda: frechet_figure(
+          distances.Moments.of(reference),
+          distances.Moments.of(features),
+          force=protocol.force,
+          name=space.frechet,
+        )
+      )
+    if protocol.kernel:
+      figures[space.kernel] = _or_refused(
+        lambda: kernel_figure(
+          reference,
+          features,
+          subset_size=protocol.kernel_subset_size,
+          num_subsets=protocol.kernel_num_subsets,
+          seed=protocol.seed,
+          force=protocol.force,
+          name=space.kernel,
+        )
+      )
+      figures['precision and recall'] = _or_refused(
+        lambda: _precision_recall(reference, features, protocol)
+      )
+    return figures
+
+
+def _precision_recall(reference, features, protocol: Protocol) -> dict:
+  """Against as many photographs as there are samples: the manifolds grow with the number of either."""
+  count = min(len(reference), len(features))
+  rng = np.random.default_rng(protocol.seed)
+  chosen = [np.sort(rng.choice(len(x), count, replace=False)) for x in (reference, features)]
+  precision, recall = distances.precision_recall(
+    reference[chosen[0]], features[chosen[1]], protocol.neighbours
+  )
+  return {'precision': precision, 'recall': recall, 'num': count}
+
+
+def _or_refused(figure) -> dict:
+  """The figure, or why there is none."""
+  try:
+    value = figure()
+  except UserError as error:
+    return {'refused': str(error)}
+  return value if isinstance(value, dict) else dataclasses.asdict(value)
