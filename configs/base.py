@@ -64,7 +64,7 @@ def get_config() -> ConfigDict:
           'model': {
             'patch': 4,
             'channels': 64,
-            'channel_multipliers': (1, 2, 4, 8),
+            'channel_multipliers': (1, 2, 4, 4, 4),
             'num_res_blocks': 2,
             'dropout': 0.2,
           },
@@ -92,8 +92,8 @@ def get_config() -> ConfigDict:
           'shift': 0.06,  # at most, as a share of the side
           'scale': 0.2,  # at most, each axis by itself, as log2
           'color': 0.2,  # gain, offset and saturation, at most
-          'blur': 3.0,  # widest kernel in pixels, on half of the faces; 1: none
-          'noise': 0.1,  # largest standard deviation
+          'blur': 2.5,  # widest kernel in pixels, on half of the faces; 1: none
+          'noise': 0.05,  # largest standard deviation
         },
       },
       'autoencoder': {

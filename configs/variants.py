@@ -55,7 +55,7 @@ def small_models(config: ConfigDict) -> None:
   """The networks of the runs at 64 px, and batches and learning rates that suit them."""
   config.evaluators.parser.model.update({'channels': 32, 'channel_multipliers': (1, 2, 4)})
   config.evaluators.classifier.model.update(
-    {'patch': 2, 'channels': 32, 'channel_multipliers': (1, 2, 4), 'num_res_blocks': 1}
+    {'patch': 2, 'channels': 32, 'channel_multipliers': (1, 2, 4, 4), 'num_res_blocks': 1}
   )
   for training in (config.evaluators.parser.training, config.evaluators.classifier.training):
     training.update({'batch_size': 16, 'learning_rate': 2e-3})

@@ -74,6 +74,10 @@ class FaceParser(nn.Module):
 class AttributeClassifier(nn.Module):
   """A residual network from images to one logit per attribute, positive where it is present.
 
+  The last layer sees every position of the coarsest level by itself: faces are aligned, so what shows
+  an attribute lies at much the same place. On a mean over the positions, small features (glasses, a
+  moustache) take very long to be learned at all.
+
   Attributes:
     num_attributes: A.
     patch, channels, channel_multipliers, num_res_blocks, dropout, dtype: as of `FaceParser`; dropout
@@ -102,7 +106,7 @@ class AttributeClassifier(nn.Module):
         block = ResidualBlock(width, self.dropout, self.dtype, name=f'block_{level}_{i}')
         x = block(x, deterministic)
     x = nn.silu(GroupNorm(dtype=self.dtype, name='norm_out')(x))
-    x = x.astype(jnp.float32).mean(axis=(1, 2))
+    x = x.astype(jnp.float32).reshape(len(x), -1)
     x = nn.Dropout(self.dropout)(x, deterministic=deterministic)
     return nn.Dense(self.num_attributes, name='dense_out')(x)
 
