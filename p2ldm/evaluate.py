@@ -187,6 +187,11 @@ def define_flags():
   flags.DEFINE_string('images', None, 'A folder of images to measure in place of a model.')
   flags.DEFINE_string('out', None, 'Folder to write. Default: evaluation/ in the workdir or model.')
   flags.DEFINE_boolean('overwrite', False, 'Replace an earlier report in --out.')
+  protocol_flags()
+
+
+def protocol_flags():
+  """Defines the flags of everything that, changed, would change a figure."""
   flags.DEFINE_string(
     'inception_weights', None, 'pt_inception-2015-12-05 (.pth or .safetensors), for FID and KID.'
   )

@@ -1,0 +1,84 @@
+"""The robustness curve: what a model draws from conditions that are partly wrong or missing.
+
+For each corruption of `corruptions` and each of its levels, samples are drawn from the corrupted
+conditions of held-out faces and held against the conditions as they were. All levels draw from the same
+noise, and level 0, which every corruption has, is drawn once.
+"""
+
+import numpy as np
+from tqdm import tqdm
+
+from p2ldm.data.prepared import PreparedDataset
+from p2ldm.errors import UserError
+from p2ldm.evaluation.corruptions import CORRUPTIONS, corrupt
+from p2ldm.evaluation.evaluation import check_fit
+from p2ldm.evaluation.faces import condition_examples, generated_faces
+from p2ldm.evaluation.protocol import Protocol, load_metrics
+from p2ldm.evaluation.sets import Instruments, SetMeters, num_reference, reference_sets
+from p2ldm.pipeline import Pipeline
+
+
+def robustness(
+  pipeline: Pipeline,
+  dataset: PreparedDataset,
+  protocol: Protocol,
+  instruments: Instruments,
+  names: tuple[str, ...] = tuple(CORRUPTIONS),
+) -> dict[str, dict[str, dict]]:
+  """Measures a model under corrupted conditions.
+
+  Args:
+    pipeline: the model.
+    dataset, protocol, instruments: as of `evaluation.evaluate_model`.
+    names: of the corruptions; those of a condition that the model does not take are left out.
+
+  Returns:
+    {corruption: {level: figures of `SetMeters`}}, levels as text, JSON values.
+
+  Raises:
+    UserError: an unknown corruption, or as `evaluation.evaluate_model`.
+  """
+  unknown = [name for name in names if name not in CORRUPTIONS]
+  if unknown:
+    raise UserError(f'There is no corruption {unknown[0]!r}; there are: {", ".join(CORRUPTIONS)}.')
+  check_fit(dataset, instruments, pipeline)
+  if instruments.spaces:
+    protocol.check(protocol.num_samples, num_reference(dataset, protocol))
+  references = reference_sets(dataset, protocol, instruments)
+  examples = condition_examples(dataset, protocol)
+  metrics = load_metrics(protocol.metrics)
+
+  def measure(change, bar):
+    meters = SetMeters(dataset.schema, protocol, instruments, metrics)
+    for faces in generated_faces(pipeline, dataset, protocol, examples, change):
+      meters.add(faces)
+      bar.update(len(faces))
+    return meters.figures(references)
+
+  takes = pipeline.config['denoiser']
+  names = [name for name in names if takes[_condition(name)] != 'none']
+  runs = 1 + sum(level > 0 for name in names for level in CORRUPTIONS[name][0])
+  curves = {}
+  with tqdm(total=runs * protocol.num_samples, desc='samples', unit='image') as bar:
+    clean = measure(None, bar)
+    for name in names:
+      curves[name] = {
+        str(level): measure(_corruption(name, level, protocol.seed), bar) if level else clean
+        for level in CORRUPTIONS[name][0]
+      }
+  return curves
+
+
+def _condition(name: str) -> str:
+  """Which condition a corruption changes."""
+  return 'mask' if name.startswith('mask') else 'attributes'
+
+
+def _corruption(name: str, level: float, seed: int):
+  """As `faces.generated_faces` takes it."""
+
+  def change(attributes, mask, first):
+    indices = np.arange(first, first + len(mask))
+    return corrupt(name, level, attributes, mask, seed=seed, indices=indices)
+
+  return change
