@@ -65,6 +65,8 @@ def tiny(config: ConfigDict) -> None:
   """Embedded faces at 48 px, so that some thirty trainings take hours of two CPU cores, not days."""
   run = config.run
   run.data.update({'dir': 'data/embedded_48', 'image_size': 48, 'embedded_faces': 4_000})
+  run.evaluators.parser.training.update({'num_steps': 1_000, 'evaluate_every': 500})
+  run.evaluators.classifier.training.update({'num_steps': 1_500, 'evaluate_every': 500})
   run.autoencoder.training.update({'num_steps': 1_500, 'warmup_steps': 100, 'evaluate_every': 500})
   run.denoiser.unet.channel_multipliers = (1, 2, 2)
   run.diffusion.training.update(

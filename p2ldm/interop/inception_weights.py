@@ -144,7 +144,9 @@ def _read_torch(path: pathlib.Path) -> Mapping[str, np.ndarray]:
   try:
     state = torch.load(path, map_location='cpu', weights_only=True)
     return {name: value.numpy() for name, value in state.items()}
-  except Exception as error:  # of many kinds, and what they say suggests to read the pickle after all
+  except (
+    Exception
+  ) as error:  # of many kinds, and what they say suggests to read the pickle after all
     raise UserError(
       f'{path} is damaged, or is not a PyTorch file of tensors alone ({type(error).__name__}). '
       f'{_PUBLISHED}; download it again.'

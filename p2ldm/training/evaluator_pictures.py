@@ -31,7 +31,7 @@ def draw_masks(images, masks, found, schema: LabelSchema) -> np.ndarray:
 
 
 def draw_attributes(images, attributes, found, schema: LabelSchema) -> np.ndarray:
-  """Faces, each beside the attributes it has and was found to have, and those that were mistaken.
+  """Faces, each beside the attributes that were mistaken and those that it was rightly found to have.
 
   Args:
     images: (N, H, W, 3) uint8.
@@ -51,18 +51,19 @@ def draw_attributes(images, attributes, found, schema: LabelSchema) -> np.ndarra
     canvas.paste(Image.fromarray(tile), (0, top))
     known, right = true != 0, true == said
     lines = [
-      (f'{(known & right).sum()} of {known.sum()} right; present and found:', _INK),
-      *_wrapped(names[right & (true > 0)], _INK),
-      *_wrapped([f'{name} missed' for name in names[~right & (true > 0)]], _WRONG),
-      *_wrapped([f'{name} made up' for name in names[~right & (true < 0)]], _WRONG),
+      (f'{(known & right).sum()} of {known.sum()} right', _INK),
+      *_wrapped('missed: ', names[~right & (true > 0)], _WRONG),
+      *_wrapped('made up: ', names[~right & (true < 0)], _WRONG),
+      *_wrapped('found: ', names[right & (true > 0)], _INK),
     ]
     for i, (line, color) in enumerate(lines[: side // _LINE_HEIGHT]):
       draw.text((side + 10, top + i * _LINE_HEIGHT), line, color, font)
   return np.asarray(canvas)
 
 
-def _wrapped(names, color) -> list[tuple[str, tuple[int, int, int]]]:
-  lines = textwrap.wrap(', '.join(name.replace(' ', '\xa0') for name in names), _CHARACTERS)
+def _wrapped(title: str, names, color) -> list[tuple[str, tuple[int, int, int]]]:
+  """Lines of text in a colour; none where there are no names."""
+  lines = textwrap.wrap(title + ', '.join(names), _CHARACTERS) if len(names) else []
   return [(line, color) for line in lines]
 
 
