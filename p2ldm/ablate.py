@@ -45,8 +45,8 @@ def main():
   except re.error as error:
     raise UserError(f'--cells={_CELLS.value} is not a regular expression: {error}.') from error
   # Imported here: --help and a bad flag should not wait for JAX.
-  from p2ldm.main import default_workdir, use_compilation_cache
   from p2ldm.training import ablation, ablation_results
+  from p2ldm.training.workdir import default_workdir, use_compilation_cache
 
   cells = ablation.cells(_CONFIG.value)
   chosen = [cell for cell in cells if pattern.search(cell.directory)]

@@ -44,24 +44,10 @@ def main():
     )
   # Imported here: --help and a bad flag should not wait for JAX.
   from p2ldm.training import stages
+  from p2ldm.training.workdir import default_workdir, use_compilation_cache
 
   use_compilation_cache()
   stages.run(_CONFIG.value, _WORKDIR.value or default_workdir(path))
-
-
-def use_compilation_cache():
-  """Keeps what XLA compiles in ~/.cache/p2ldm/xla, unless JAX was told to keep it elsewhere."""
-  import jax
-
-  if jax.config.jax_compilation_cache_dir is None:
-    cache = pathlib.Path.home() / '.cache' / 'p2ldm' / 'xla'
-    jax.config.update('jax_compilation_cache_dir', str(cache))
-
-
-def default_workdir(config_path: str) -> str:
-  """configs/multi.py:tiny -> runs/multi_tiny."""
-  name, _, variant = pathlib.Path(config_path).name.partition(':')
-  return str(pathlib.Path('runs') / '_'.join(filter(None, (name.removesuffix('.py'), variant))))
 
 
 if __name__ == '__main__':
