@@ -10,8 +10,8 @@ def tiny(config: ConfigDict) -> None:
   """The embedded synthetic faces at 64 px: minutes on two CPU cores."""
   config.data.update({'dir': 'data/embedded_64', 'image_size': 64, 'embedded_faces': 2_000})
   small_models(config)
-  config.evaluators.parser.training.update({'num_steps': 700})
-  config.evaluators.classifier.training.update({'num_steps': 700})
+  config.evaluators.parser.training.update({'num_steps': 1_600})
+  config.evaluators.classifier.training.update({'num_steps': 800})
   config.autoencoder.training.update({'num_steps': 400})
   config.diffusion.training.update({'num_steps': 1_500})
   config.probe.update({'every': 500, 'num_faces': 32})
@@ -33,7 +33,7 @@ def faces64(config: ConfigDict) -> None:
   """Real faces (CelebAMask-HQ) prepared at 64 px, with models that fit a small machine."""
   config.data.update({'dir': 'data/celebamask_hq_64', 'image_size': 64})
   small_models(config)
-  config.evaluators.parser.training.update({'num_steps': 1_500})
+  config.evaluators.parser.training.update({'num_steps': 2_500})
   config.evaluators.classifier.training.update({'num_steps': 3_400})
   config.autoencoder.training.update({'num_steps': 10_000})
   config.diffusion.training.update({'num_steps': 100_000})
@@ -57,8 +57,8 @@ def small_models(config: ConfigDict) -> None:
   config.evaluators.classifier.model.update(
     {'patch': 2, 'channels': 32, 'channel_multipliers': (1, 2, 4, 4), 'num_res_blocks': 1}
   )
-  for training in (config.evaluators.parser.training, config.evaluators.classifier.training):
-    training.update({'batch_size': 16, 'learning_rate': 2e-3})
+  config.evaluators.parser.training.update({'batch_size': 8, 'learning_rate': 2e-3})
+  config.evaluators.classifier.training.update({'batch_size': 16, 'learning_rate': 2e-3})
   config.autoencoder.model.update(
     {
       'channels': 32,
