@@ -8,26 +8,28 @@ Distances of all three go to one reference set, the photographs of another split
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
 from p2ldm import pictures
 from p2ldm.data.prepared import PreparedDataset
 from p2ldm.errors import UserError
-from p2ldm.evaluation import reconstruction
 from p2ldm.evaluation.diversity import PairwiseDiversity
 from p2ldm.evaluation.faces import Faces, condition_examples, generated_faces, real_faces
-from p2ldm.evaluation.meters import SampleDiversity
+from p2ldm.evaluation.meters import FirstSamples, SampleDiversity
 from p2ldm.evaluation.protocol import Protocol, load_metrics
+from p2ldm.evaluation.reconstruction import ReconstructionMeter
 from p2ldm.evaluation.sets import Instruments, SetMeters, num_reference, reference_sets
+from p2ldm.interop.weights import sha256
+from p2ldm.models.perceptual import lpips_embedding, weights_path
 from p2ldm.pipeline import Pipeline
 
 NUM_WORST = 8  # images shown for each way to be wrong
-GRID_CONDITIONS, GRID_SAMPLES = 8, 4
+GRID_CONDITIONS, GRID_SAMPLES = 8, 4  # of the grid: rows, and samples in each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,18 +135,16 @@ class _Evaluation:
   ) -> Result:
     protocol, instruments = self._protocol, self._instruments
     references = self._timed('reference', reference_sets, self._dataset, protocol, instruments)
-    sets, grid = {}, []
     first = next(real_faces(self._dataset, protocol.split, GRID_CONDITIONS, examples))
-    autoencoder = None
+    grid = FirstSamples(first, GRID_SAMPLES)
+    sets, autoencoder = {}, None
     if photographs:
       real = real_faces(self._dataset, protocol.split, protocol.batch_size, examples)
       sets, autoencoder = self._timed(
         'real and reconstructed', self._photographs, real, len(examples), pipeline, references
       )
     meters = self._set(NUM_WORST)
-    diversity = None
-    if instruments.lpips is not None and pipeline is not None:
-      diversity = SampleDiversity(PairwiseDiversity(instruments.lpips, seed=protocol.seed))
+    diversity = self._diversity() if pipeline is not None else None
     drawing = 0.0
     with tqdm(total=self._num_samples, desc='samples', unit='image') as bar:
       start = clock = time.perf_counter()
@@ -153,7 +153,7 @@ class _Evaluation:
         meters.add(faces)
         if diversity:
           diversity.add(faces)
-        _keep_for_grid(grid, first, faces)
+        grid.add(faces)
         bar.update(len(faces))
         clock = time.perf_counter()
       if diversity:
@@ -171,7 +171,7 @@ class _Evaluation:
       'seconds': {name: round(value, 2) for name, value in self._seconds.items()},
     }
     worst = {kind: meters.adherence.worst(kind) for kind in ('mask', 'attributes')}
-    return Result(figures, grid, worst)
+    return Result(_plain(figures), grid.pairs(), worst)
 
   def _timed(self, name, function, *arguments):
     start = time.perf_counter()
@@ -184,10 +184,19 @@ class _Evaluation:
       self._dataset.schema, self._protocol, self._instruments, self._metrics, num_worst
     )
 
+  def _diversity(self) -> SampleDiversity | None:
+    protocol, lpips = self._protocol, self._instruments.lpips
+    count = protocol.samples_per_condition
+    if lpips is None or count < 2:
+      return None
+    batch_size = min(count, protocol.batch_size)
+    pairwise = PairwiseDiversity(lpips_embedding(lpips), batch_size=batch_size, seed=protocol.seed)
+    return SampleDiversity(pairwise, count)
+
   def _photographs(self, batches, count: int, pipeline: Pipeline | None, references):
     """Measures the photographs and, with a model, their reconstructions."""
     real, reconstructed = self._set(), self._set()
-    autoencoder = _AutoencoderMeter(self._instruments.lpips)
+    autoencoder = ReconstructionMeter(self._instruments.lpips)
     for faces in tqdm(batches, total=-(-count // self._protocol.batch_size), desc='photographs'):
       real.add(faces)
       if pipeline is None:
@@ -199,7 +208,9 @@ class _Evaluation:
     if pipeline is None:
       return sets, None
     sets['reconstructions'] = reconstructed.figures(references)
-    return sets, autoencoder.figures(pipeline)
+    config = pipeline.config['autoencoder']
+    codes = config['codebook_size'] if config['regularizer'] == 'vq' else None
+    return sets, autoencoder.figures(codes)
 
   def _about_data(self, examples) -> dict:
     dataset, protocol = self._dataset, self._protocol
@@ -229,6 +240,12 @@ class _Evaluation:
         'protocol': space.protocol,
         'weights_sha256': space.weights_sha256,
       }
+    if self._instruments.lpips is not None:
+      about['lpips'] = {
+        'title': 'LPIPS 0.1, VGG16',
+        'protocol': 'uint8 images at their own resolution, in float32',
+        'weights_sha256': sha256(weights_path()),
+      }
     return about
 
 
@@ -241,44 +258,10 @@ def _reconstruct(pipeline: Pipeline, images: np.ndarray, batch_size: int):
   return pictures.to_uint8(output)[:count], codes if codes is None else np.asarray(codes)[:count]
 
 
-class _AutoencoderMeter:
-  """PSNR, SSIM, LPIPS and the codes in use."""
-
-  def __init__(self, lpips):
-    self._lpips = None if lpips is None else jax.device_put(jax.tree_util.Partial(lpips))
-    self._values, self._codes = {'psnr': [], 'ssim': [], 'lpips': []}, set()
-
-  def add(self, images: np.ndarray, reconstructions: np.ndarray, codes: np.ndarray | None):
-    """Takes a batch of uint8 pairs."""
-    self._values['psnr'].append(np.asarray(reconstruction.psnr(images, reconstructions)))
-    if min(images.shape[1:3]) >= 11:
-      self._values['ssim'].append(np.asarray(reconstruction.ssim(images, reconstructions)))
-    if self._lpips is not None:
-      self._values['lpips'].append(
-        np.asarray(reconstruction.lpips(self._lpips, images, reconstructions))
-      )
-    if codes is not None:
-      self._codes.update(np.unique(codes).tolist())
-
-  def figures(self, pipeline: Pipeline) -> dict:
-    """{'psnr': {'mean', 'std', 'num'}, ..., 'codebook_use': share of the codes that were used}."""
-    figures = {}
-    for name, parts in self._values.items():
-      if parts:
-        values = np.concatenate(parts).astype(np.float64)
-        figures[name] = {
-          'mean': float(values.mean()),
-          'std': float(values.std()),
-          'num': len(values),
-        }
-    if self._codes:
-      figures['codebook_use'] = len(self._codes) / pipeline.config['autoencoder']['codebook_size']
-    return figures
-
-
-def _keep_for_grid(grid: list, photographs: Faces, samples: Faces):
-  """Keeps the first samples of the first conditions, beside the photographs."""
-  for i in range(len(grid), len(photographs)):
-    rows = np.flatnonzero(samples.names == photographs.names[i])
-    if len(rows):
-      grid.append((photographs.rows([i]), samples.rows(rows[:GRID_SAMPLES])))
+def _plain(value):
+  """Figures as JSON has them: what is not a finite number is None."""
+  if isinstance(value, dict):
+    return {key: _plain(item) for key, item in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [_plain(item) for item in value]
+  return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -43,15 +43,24 @@ class Faces:
     return Faces(*(getattr(self, field.name)[index] for field in dataclasses.fields(self)))
 
 
+def concatenate(batches: Sequence[Faces]) -> Faces:
+  """One batch of several."""
+  fields = dataclasses.fields(Faces)
+  return Faces(*(np.concatenate([getattr(faces, f.name) for faces in batches]) for f in fields))
+
+
 def condition_examples(dataset: PreparedDataset, protocol: Protocol) -> np.ndarray:
   """The records whose conditions are drawn from, each once, (C,) int64.
 
   Raises:
-    UserError: there is no such split, or only faces with a mask are wanted and none has one.
+    UserError: there is no such split or no face in it, or only faces with a mask are wanted and none has one.
   """
   wanted = -(-protocol.num_samples // protocol.samples_per_condition)
+  available = dataset.num_examples(protocol.split)
+  if not available:
+    raise UserError(f'The split {protocol.split!r} of {dataset.directory} has no faces.')
   if not protocol.with_mask_only:
-    return np.arange(min(wanted, dataset.num_examples(protocol.split)))
+    return np.arange(min(wanted, available))
   examples = np.flatnonzero(labelled(dataset, protocol.split)['mask'])
   if not len(examples):
     raise UserError(
@@ -79,48 +88,58 @@ def generated_faces(
 ) -> Iterator[Faces]:
   """Samples for the conditions of `examples`, over and over until there are protocol.num_samples.
 
-  A condition that the model does not take is not given to it, and the faces still carry it.
+  A condition that the model does not take is not given to it, and the faces still carry it. All batches
+  are drawn as protocol.batch_size images, so that one program serves all.
 
   Args:
     pipeline: the model.
     dataset: whose split `protocol.split` the examples belong to.
     protocol: how to draw; sample i depends on (seed, i) and its condition alone.
     examples: (C,) records.
-    corrupt: changes what the model is given, (attributes, mask, first index) -> (attributes, mask);
-      the faces carry the conditions as they were.
+    corrupt: changes what the model is given, (attributes, mask, indices (B,)) -> (attributes, mask);
+      the indices count conditions from 0 on, and the faces carry the conditions as they were.
   """
-  count = protocol.samples_per_condition
   takes = pipeline.config['denoiser']
-  per_batch = max(1, protocol.batch_size // count)
+  size = min(protocol.batch_size, protocol.num_samples)
   start = 0
-  chosen = itertools.chain.from_iterable(
-    real_faces(dataset, protocol.split, per_batch, examples) for _ in itertools.count()
-  )
-  while start < protocol.num_samples:
-    conditions = next(chosen)
-    attributes, mask = conditions.attributes, conditions.mask
+  for faces in _conditions(dataset, protocol, examples):
+    indices = np.arange(start, start + len(faces)) // protocol.samples_per_condition
+    attributes, mask = faces.attributes, faces.mask
     if corrupt is not None:
-      attributes, mask = corrupt(attributes, mask, start // count)
+      attributes, mask = corrupt(attributes, mask, indices)
     if takes['attributes'] == 'none':
       attributes = np.zeros_like(attributes)
     if takes['mask'] == 'none':
       mask = np.full_like(mask, UNSPECIFIED)
-    rows = np.repeat(np.arange(len(conditions)), count)[: protocol.num_samples - start]
+    rows = np.minimum(np.arange(size), len(faces) - 1)
     latents = pipeline.sample_latents(
       attributes[rows],
       mask[rows],
-      len(rows),
+      size,
       seed=protocol.seed,
       first_image=start,
       steps=protocol.steps,
       sampler=protocol.sampler,
       eta=protocol.eta,
       guidance={'attributes': protocol.attributes_scale, 'mask': protocol.mask_scale},
-      batch_size=len(rows),
+      batch_size=size,
     )
-    faces = conditions.rows(rows)
-    yield dataclasses.replace(faces, images=pictures.to_uint8(pipeline.decode(latents)))
-    start += len(rows)
+    images = pictures.to_uint8(pipeline.decode(latents))[: len(faces)]
+    yield dataclasses.replace(faces, images=images)
+    start += len(faces)
+
+
+def _conditions(
+  dataset: PreparedDataset, protocol: Protocol, examples: np.ndarray
+) -> Iterator[Faces]:
+  """The photographs that carry the conditions of samples 0, 1, ..., in batches of the samples."""
+  count = protocol.samples_per_condition
+  order = examples[np.arange(-(-protocol.num_samples // count)) % len(examples)]
+  photographs = real_faces(dataset, protocol.split, 1, order)
+  repeated = itertools.chain.from_iterable(itertools.repeat(face, count) for face in photographs)
+  samples = itertools.islice(repeated, protocol.num_samples)
+  while batch := list(itertools.islice(samples, protocol.batch_size)):
+    yield concatenate(batch)
 
 
 def folder_files(directory) -> list[pathlib.Path]:
@@ -196,12 +215,7 @@ def folder_faces(
       face = dataclasses.replace(next(conditions), images=image[None])
     batch.append(face)
     if len(batch) == batch_size:
-      yield _stack(batch)
+      yield concatenate(batch)
       batch.clear()
   if batch:
-    yield _stack(batch)
-
-
-def _stack(batch) -> Faces:
-  fields = dataclasses.fields(Faces)
-  return Faces(*(np.concatenate([getattr(face, f.name) for face in batch]) for f in fields))
+    yield concatenate(batch)

@@ -11,12 +11,16 @@ from p2ldm.errors import UserError
 from p2ldm.evaluation import adherence
 from p2ldm.evaluation.diversity import PairwiseDiversity
 from p2ldm.evaluation.evaluators import Classifier, Parser
-from p2ldm.evaluation.faces import Faces
+from p2ldm.evaluation.faces import Faces, concatenate
 from p2ldm.evaluation.features import FeatureSpace
 
 
 class Adherence:
-  """How far images show what they were asked to, and, for comparison, what other images were asked to."""
+  """How far images show what they were asked to, and, for comparison, what others were asked to.
+
+  The comparison holds each image against the condition before its own, so that the first condition's
+  images have none; how images are batched makes no difference.
+  """
 
   def __init__(
     self,
@@ -32,23 +36,24 @@ class Adherence:
     shape = (schema.num_attributes, 4)
     self._counts, self._other_counts = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     self._num_worst, self._seen = num_worst, 0
+    self._last_two = None  # the last rows of the two latest conditions
     self._worst = {'mask': [], 'attributes': []}  # heaps of (-score, order, faces, what was found)
 
   def add(self, faces: Faces):
     """Parses and classifies a batch."""
-    others = _of_other_conditions(faces.names)
+    conditions, others = self._conditions_before(faces)
+    has_other = others >= 0
+    of_other = conditions.rows(others[has_other])
     if self._parser:
       parsed = self._parser.predict(faces.images)
       classes = self._schema.num_classes
       self._confusion += adherence.confusion(faces.mask, parsed, classes)
-      if others is not None:
-        self._other_confusion += adherence.confusion(faces.mask[others], parsed, classes)
+      self._other_confusion += adherence.confusion(of_other.mask, parsed[has_other], classes)
       self._keep_worst('mask', faces, faces.mask != 255, faces.mask == parsed, parsed)
     if self._classifier:
       found = self._classifier.predict(faces.images)
       self._counts += adherence.attribute_counts(faces.attributes, found)
-      if others is not None:
-        self._other_counts += adherence.attribute_counts(faces.attributes[others], found)
+      self._other_counts += adherence.attribute_counts(of_other.attributes, found[has_other])
       self._keep_worst('attributes', faces, faces.attributes != 0, faces.attributes == found, found)
     self._seen += len(faces)
 
@@ -72,6 +77,17 @@ class Adherence:
     """
     return [(-score, face, found) for score, _, face, found in sorted(self._worst[kind])[::-1]]
 
+  def _conditions_before(self, faces: Faces) -> tuple[Faces, np.ndarray]:
+    """Faces, and for each row of the batch the one of them with the condition before, or -1, (B,)."""
+    known = faces if self._last_two is None else concatenate([self._last_two, faces])
+    starts = np.flatnonzero(known.names[1:] != known.names[:-1]) + 1
+    # Of each row the last start at or before it; what precedes the first start has no other.
+    run = np.searchsorted(starts, np.arange(len(known)), side='right') - 1
+    others = np.where(run >= 0, starts[run] - 1 if len(starts) else -1, -1)
+    if len(known):
+      self._last_two = known.rows(np.unique([max(others[-1], 0), len(known) - 1]))
+    return known, others[len(known) - len(faces) :]
+
   def _keep_worst(self, kind, faces, specified, right, found):
     if not self._num_worst:
       return
@@ -82,7 +98,7 @@ class Adherence:
       score = float(hits[i] / total[i])
       if len(heap) < self._num_worst or -score > heap[0][0]:
         # The order breaks ties, so that faces are never compared.
-        heapq.heappush(heap, (-score, -(self._seen + int(i)), faces.rows([i]), found[i]))
+        heapq.heappush(heap, (-score, -(self._seen + int(i)), faces.rows([i]), found[i].copy()))
         if len(heap) > self._num_worst:
           heapq.heappop(heap)
 
@@ -105,8 +121,10 @@ class Features:
 class SampleDiversity:
   """Feeds `PairwiseDiversity` with the samples of one condition after another."""
 
-  def __init__(self, diversity: PairwiseDiversity):
-    self._diversity, self._name, self._images = diversity, None, []
+  def __init__(self, diversity: PairwiseDiversity, limit: int):
+    """Of more than `limit` samples in a row of one condition the first so many count."""
+    self._diversity, self._limit = diversity, limit
+    self._name, self._images = None, []
 
   def add(self, faces: Faces):
     """Samples of one condition follow one another, and may go on in the next batch."""
@@ -114,7 +132,8 @@ class SampleDiversity:
       if name != self._name:
         self._flush()
         self._name = name
-      self._images.append(image)
+      if len(self._images) < self._limit:
+        self._images.append(image)
 
   def figures(self) -> dict:
     """{'within': {'mean', 'std', 'pairs'}, 'across': ...}."""
@@ -124,7 +143,27 @@ class SampleDiversity:
   def _flush(self):
     if self._images:
       self._diversity.add(np.stack(self._images))
-    self._images = []
+    self._name, self._images = None, []
+
+
+class FirstSamples:
+  """Keeps the first samples of a few conditions, to be shown."""
+
+  def __init__(self, photographs: Faces, count: int):
+    """Takes the faces that the conditions are of, and how many samples of each to keep."""
+    self._photographs, self._count = photographs, count
+    self._kept = [photographs.rows(slice(0))] * len(photographs)
+
+  def add(self, faces: Faces):
+    """Takes what is wanted of a batch."""
+    for i, name in enumerate(self._photographs.names):
+      rows = np.flatnonzero(faces.names == name)[: self._count - len(self._kept[i])]
+      if len(rows):
+        self._kept[i] = concatenate([self._kept[i], faces.rows(rows)])
+
+  def pairs(self) -> list[tuple[Faces, Faces]]:
+    """[(the photograph, its samples)], where there are samples."""
+    return [(self._photographs.rows([i]), kept) for i, kept in enumerate(self._kept) if len(kept)]
 
 
 class OwnMetric:
@@ -140,11 +179,16 @@ class OwnMetric:
       UserError: it does not give one number per image.
     """
     conditions = {'attributes': faces.attributes, 'mask': faces.mask}
-    values = np.asarray(self._function(faces.images, conditions), np.float64)
-    if values.shape != (len(faces),):
+    result = self._function(faces.images, conditions)
+    try:
+      values = np.asarray(result, np.float64)
+    except (TypeError, ValueError):
+      values = None
+    if values is None or values.shape != (len(faces),):
+      found = 'no numbers' if values is None else f'an array of shape {values.shape}'
       raise UserError(
-        f'The metric {self._name} gave {values.shape} for {len(faces)} images; it must give one number '
-        'per image.'
+        f'The metric {self._name} gave {found} for {len(faces)} images; it must give one number per '
+        'image.'
       )
     self._values.append(values)
 
@@ -155,11 +199,3 @@ class OwnMetric:
     if not len(values):
       return {'mean': None, 'std': None, 'num': 0}
     return {'mean': float(values.mean()), 'std': float(values.std()), 'num': len(values)}
-
-
-def _of_other_conditions(names: np.ndarray) -> np.ndarray | None:
-  """For each row of a batch a row of another condition, (B,); None if the batch has but one."""
-  _, first, which = np.unique(names.astype(str), return_index=True, return_inverse=True)
-  if len(first) < 2:
-    return None
-  return first[(which + 1) % len(first)]

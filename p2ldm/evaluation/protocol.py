@@ -52,6 +52,22 @@ class Protocol:
   force: bool
   metrics: Mapping[str, str]
 
+  def __post_init__(self):
+    """Raises `UserError` if a number is out of range."""
+    for name, least in (
+      ('num_samples', 1),
+      ('samples_per_condition', 1),
+      ('num_reference', 0),
+      ('seed', 0),
+      ('steps', 1),
+      ('batch_size', 1),
+      ('kernel_num_subsets', 1),
+      ('kernel_subset_size', 2),
+      ('neighbours', 1),
+    ):
+      if getattr(self, name) < least:
+        raise UserError(f'{name} must be at least {least}, not {getattr(self, name)}.')
+
   def check(self, num_samples: int, num_reference: int):
     """Says at once what could only be refused after hours.
 
@@ -60,19 +76,8 @@ class Protocol:
       num_reference: photographs to compare with.
 
     Raises:
-      UserError: a number is out of range, or the samples are too few for the distances asked for.
+      UserError: the samples are too few for the distances asked for.
     """
-    for name, least in (
-      ('num_samples', 1),
-      ('samples_per_condition', 1),
-      ('num_reference', 0),
-      ('batch_size', 1),
-      ('kernel_num_subsets', 1),
-      ('kernel_subset_size', 2),
-      ('neighbours', 1),
-    ):
-      if getattr(self, name) < least:
-        raise UserError(f'{name} must be at least {least}, not {getattr(self, name)}.')
     try:
       if self.frechet:
         check_frechet(num_reference, num_samples, self.force, 'A Frechet distance')
@@ -106,7 +111,7 @@ def load_metrics(metrics: Mapping[str, str]) -> dict[str, Callable]:
     module, colon, function = where.partition(':')
     try:
       functions[name] = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
       raise UserError(
         f'The metric {name} is {where!r}, which cannot be imported ({error}). It must be '
         "'module:function', as in 'my_metrics:brightness', of a module in PYTHONPATH."

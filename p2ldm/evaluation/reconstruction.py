@@ -72,6 +72,49 @@ def lpips(distance: Distance, images: jax.Array, others: jax.Array) -> jax.Array
   return distance(*(x.astype(jnp.float32) / 127.5 - 1 for x in (images, others)))
 
 
+class ReconstructionMeter:
+  """PSNR, SSIM and LPIPS over many batches, and which codes were in use."""
+
+  def __init__(self, lpips_distance: Distance | None):
+    """Takes the distance from `perceptual.load_lpips`; None leaves LPIPS out."""
+    self._lpips = lpips_distance
+    if lpips_distance is not None:
+      self._lpips = jax.device_put(jax.tree_util.Partial(lpips_distance))
+    self._values, self._codes = {'psnr': [], 'ssim': [], 'lpips': []}, set()
+
+  def add(self, images: np.ndarray, reconstructions: np.ndarray, codes: np.ndarray | None):
+    """Takes a batch of (B, H, W, 3) uint8 pairs and its codes, integers of any shape."""
+    self._values['psnr'].append(np.asarray(psnr(images, reconstructions)))
+    if min(images.shape[1:3]) >= _WINDOW:
+      self._values['ssim'].append(np.asarray(ssim(images, reconstructions)))
+    if self._lpips is not None:
+      self._values['lpips'].append(np.asarray(lpips(self._lpips, images, reconstructions)))
+    if codes is not None:
+      self._codes.update(np.unique(codes).tolist())
+
+  def figures(self, codebook_size: int | None) -> dict:
+    """What was measured.
+
+    Args:
+      codebook_size: how many codes there are; None without a codebook.
+
+    Returns:
+      {'psnr': {'mean', 'std', 'num'}, 'ssim', 'lpips', 'codebook_use': share of the codes that were
+      used}. Pairs without any difference have no PSNR and are left out of its mean and num, and where
+      none is left the mean is None.
+    """
+    figures = {}
+    for name, parts in self._values.items():
+      if parts:
+        values = np.concatenate(parts).astype(np.float64)
+        values = values[np.isfinite(values)]
+        mean, std = (float(values.mean()), float(values.std())) if len(values) else (None, None)
+        figures[name] = {'mean': mean, 'std': std, 'num': len(values)}
+    if self._codes:
+      figures['codebook_use'] = len(self._codes) / codebook_size
+    return figures
+
+
 def _window(size):
   """(size - 10, size) float32: row i weighs the pixels i to i + 10."""
   weights = np.exp(-0.5 * ((np.arange(_WINDOW) - _WINDOW // 2) / _SIGMA) ** 2)

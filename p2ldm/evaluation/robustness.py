@@ -5,7 +5,6 @@ conditions of held-out faces and held against the conditions as they were. All l
 noise, and level 0, which every corruption has, is drawn once.
 """
 
-import numpy as np
 from tqdm import tqdm
 
 from p2ldm.data.prepared import PreparedDataset
@@ -77,8 +76,7 @@ def _condition(name: str) -> str:
 def _corruption(name: str, level: float, seed: int):
   """As `faces.generated_faces` takes it."""
 
-  def change(attributes, mask, first):
-    indices = np.arange(first, first + len(mask))
+  def change(attributes, mask, indices):
     return corrupt(name, level, attributes, mask, seed=seed, indices=indices)
 
   return change

@@ -75,8 +75,11 @@ class Probe:
       batch_size=_BATCH_SIZE,
     )
     meter = Adherence(self._schema, self._parser, self._classifier)
-    images = pictures.to_uint8(self._pipeline.decode(latents))
-    meter.add(Faces(images, self._attributes, self._masks, self._faces.astype(str)))
+    names = self._faces.astype(str).astype(object)
+    for start in range(0, len(latents), _BATCH_SIZE):
+      rows = slice(start, start + _BATCH_SIZE)
+      images = pictures.to_uint8(self._pipeline.decode(latents[rows]))
+      meter.add(Faces(images, self._attributes[rows], self._masks[rows], names[rows]))
     figures, values = meter.figures(), {}
     ceilings = {
       'mask': self._parser and self._parser.ceiling,
