@@ -11,6 +11,7 @@ os.environ['XLA_FLAGS'] = (
 
 import jax
 import pytest
+import tiny_evaluation
 
 from p2ldm.data import synthetic
 from p2ldm.prepare import prepare
@@ -38,3 +39,12 @@ def prepared_faces(raw_faces, tmp_path_factory) -> pathlib.Path:
   path = tmp_path_factory.mktemp('prepared') / 'faces'
   prepare(raw_faces, path, image_size=32)
   return path
+
+
+@pytest.fixture(scope='session')
+def tiny_faces(tmp_path_factory) -> pathlib.Path:
+  """The faces of `tiny_evaluation` prepared: 45 to train on, 5 to validate on; read only."""
+  path = tmp_path_factory.mktemp('tiny')
+  tiny_evaluation.write_folder(path / 'raw')
+  prepare(path / 'raw', path / 'faces', image_size=tiny_evaluation.SIZE)
+  return path / 'faces'
