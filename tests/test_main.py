@@ -12,16 +12,17 @@ import numpy as np
 import pytest
 
 import p2ldm
-from configs import attributes, autoencoder, base, masks, multi, unconditional
+from configs import attributes, autoencoder, base, evaluators, masks, multi, unconditional, variants
 from p2ldm.errors import UserError
-from p2ldm.main import default_workdir
 from p2ldm.models.denoiser import Denoiser
 from p2ldm.training import stages
+from p2ldm.training.workdir import default_workdir
 
 REPOSITORY = pathlib.Path(p2ldm.__file__).parent.parent
 CONFIGS = {
   'attributes': attributes,
   'autoencoder': autoencoder,
+  'evaluators': evaluators,
   'masks': masks,
   'multi': multi,
   'unconditional': unconditional,
@@ -34,10 +35,13 @@ def shrink(config, data_dir):
   config.autoencoder.model.update({'channels': 32, 'channel_multipliers': (1, 1, 1)})
   config.denoiser.condition_encoder.update({'width': 32, 'num_layers': 1})
   config.denoiser.unet.update({'channel_multipliers': (1,), 'attention_factors': ()})
-  for training in (config.autoencoder.training, config.diffusion.training):
+  for kind in ('parser', 'classifier'):
+    config.evaluators[kind].model.update({'channels': 16, 'channel_multipliers': (1, 2)})
+  for training in variants.trainings(config):
     training.update({'batch_size': 8, 'num_steps': 2, 'evaluation_faces': 4})
   config.latents.batch_size = 8
   config.sampling.update({'steps': 2, 'num_faces': 1})
+  config.probe.update({'every': 1, 'num_faces': 1, 'steps': 2})
   return config
 
 
@@ -58,6 +62,8 @@ def test_the_whole_path_ends_in_a_model_that_draws(run):
   assert config['provenance']['step'] == 2
   rows = (run / 'diffusion' / 'metrics.jsonl').read_text()
   assert 'validation/conditional_gap' in rows
+  probed = [json.loads(row)['step'] for row in rows.splitlines() if 'probe/mask_miou' in row]
+  assert probed == [1, 2]
 
 
 def test_the_model_encodes_real_faces_to_unit_variance_latents(run, prepared_faces):
@@ -76,7 +82,7 @@ def test_run_again_it_finds_everything_done(run, prepared_faces, capsys):
   before = model.stat().st_mtime_ns
   stages.run(shrink(multi.get_config('tiny'), prepared_faces), run)
   printed = capsys.readouterr().out
-  for stage in ('autoencoder', 'latents', 'diffusion'):
+  for stage in stages.STAGES:
     assert f'{stage}: complete' in printed
   assert model.stat().st_mtime_ns == before
 
@@ -126,7 +132,7 @@ print('trained without TensorFlow')
 
 def test_training_from_cached_latents_needs_no_tensorflow(run, prepared_faces, tmp_path):
   config = shrink(multi.get_config('tiny'), prepared_faces)
-  config.autoencoder.pretrained = str(run)
+  config.autoencoder.pretrained = config.evaluators.pretrained = str(run)
   workdir = tmp_path / 'run'
   (workdir).mkdir()
   os.symlink(run / 'latents', workdir / 'latents')
@@ -238,7 +244,7 @@ def test_a_config_that_cannot_run_is_refused_at_once(prepared_faces, tmp_path, k
 
 def test_a_stage_left_out_must_be_complete(prepared_faces, tmp_path):
   config = shrink(multi.get_config('tiny'), prepared_faces)
-  config.stages = ('diffusion',)
+  config.stages = ('latents', 'diffusion')
   with pytest.raises(UserError, match='leaves the autoencoder out'):
     stages.run(config, tmp_path / 'run')
 

@@ -1,8 +1,9 @@
 """A prepared data set, read record by record without TensorFlow.
 
 TFDS reads its own array_record files with NumPy and Pillow alone, so that what only looks at faces in
-order (evaluation, the latent cache) runs where TensorFlow is not installed. Training batches come from
-tf.data, see `input_pipeline`.
+order (evaluation, the latent cache) runs where TensorFlow is not installed; TFDS itself is imported when a
+data set is opened, for training from cached latents needs neither. Training batches come from tf.data, see
+`input_pipeline`.
 """
 
 import collections
@@ -14,9 +15,9 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 from PIL import Image
 
 from p2ldm.data.labels import UNSPECIFIED, LabelSchema
@@ -39,7 +40,7 @@ class PreparedDataset:
   directory: pathlib.Path
   schema: LabelSchema
   report: dict
-  builder: tfds.core.DatasetBuilder
+  builder: Any
 
   @property
   def image_size(self) -> int:
@@ -85,6 +86,8 @@ class PreparedDataset:
     Raises:
       UserError: there is no such split, or its files are missing or damaged.
     """
+    import tensorflow_datasets as tfds
+
     count = self.num_examples(split)
     try:
       records = self.builder.as_data_source(
@@ -107,6 +110,8 @@ def open_dataset(directory, image_size: int = 256) -> PreparedDataset:
   Raises:
     UserError: there is none at `directory`, or it is incomplete.
   """
+  import tensorflow_datasets as tfds
+
   directory = pathlib.Path(directory)
   if not (directory / 'prepare.json').is_file():
     what = 'is no prepared data set' if directory.exists() else 'does not exist'
@@ -203,6 +208,8 @@ def _read_batch(dataset: PreparedDataset, records, indices: np.ndarray) -> Batch
 
 def _deserialize(dataset: PreparedDataset, record: bytes) -> dict:
   """One record; image and mask are still PNG files."""
+  import tensorflow_datasets as tfds
+
   as_stored = tfds.decode.SkipDecoding()
   decoders = {'image': as_stored, 'mask': as_stored}
   return dataset.builder.info.features.deserialize_example_np(record, decoders=decoders)

@@ -138,8 +138,8 @@ def how(results: list[tuple[Cell, dict]], real: dict) -> list[str]:
     data = figures['data']
     lines.append(
       f'- Data: {data["directory"]} ({data["split_scheme"]}, fingerprint {data["fingerprint"][:12]}); '
-      f'distances to {data["num_reference"]:,} photographs of `{data["reference_split"]}`; kernel distances over subsets '
-      f'of {protocol["kernel_subset_size"]}.'
+      f'distances to {data["num_reference"]:,} photographs of `{data["reference_split"]}`; '
+      f'kernel distances over subsets of {protocol["kernel_subset_size"]}.'
     )
     for instrument, about in figures['instruments'].items():
       digest = about.get('sha256') or about.get('weights_sha256')

@@ -43,7 +43,9 @@ def run_evaluator(
     parts = evaluator_directory.load(pretrained, kind)
     evaluator = make_evaluator(parts, mesh, config.compute_dtype)
     evaluator.check_image_size(config.data.image_size, 'those of this run')
-    evaluator.check_schema(open_data().schema, f'the data set {config.data.dir}')
+    for path in (workdir / 'latents', pathlib.Path(config.data.dir)):
+      if (path / 'schema.json').exists():
+        evaluator.check_schema(LabelSchema.load(path / 'schema.json'), f'this run ({path})')
     return evaluator
   exported = evaluator_directory.exported_step(directory / 'model')
   if loop.finished(directory, training.num_steps) and exported == training.num_steps:
