@@ -72,7 +72,6 @@ def evaluate(model, images, data, evaluators, out, protocol, inception_weights, 
   """
   from p2ldm.data.prepared import open_dataset
   from p2ldm.evaluation import evaluation, report
-  from p2ldm.evaluation.faces import condition_examples
   from p2ldm.interop import model_config, model_directory
   from p2ldm.pipeline import Pipeline
 
@@ -96,8 +95,7 @@ def evaluate(model, images, data, evaluators, out, protocol, inception_weights, 
   if pipeline is not None:
     result = evaluation.evaluate_model(pipeline, dataset, protocol, instruments)
   else:
-    subject, samples, protocol = _folder(images, dataset, protocol, instruments)
-    examples = condition_examples(dataset, protocol)
+    subject, samples, examples, protocol = _folder(images, dataset, protocol, instruments)
     result = evaluation.evaluate_images(
       samples, subject['num'], examples, dataset, protocol, instruments
     )
@@ -145,7 +143,7 @@ def load_instruments(evaluators, model, inception_weights, cache, protocol):
 
 
 def _folder(images, dataset, protocol, instruments):
-  """Subject, faces and protocol of a folder of images."""
+  """Subject, faces, records of the photographs to compare with, and protocol of a folder of images."""
   import numpy as np
 
   from p2ldm.data.prepared import ordered_batches
@@ -168,14 +166,17 @@ def _folder(images, dataset, protocol, instruments):
     )
   if matches is None:
     print(f'No image in {images} is named after a face: distances alone are computed.')
-  unique = len(files) if matches is None else len(np.unique(matches))
+  # Each record once, in the order of the files.
+  named = None if matches is None else np.array(list(dict.fromkeys(matches.tolist())))
+  unique = len(files) if matches is None else len(named)
   protocol = dataclasses.replace(
     protocol, num_samples=len(files), samples_per_condition=max(1, len(files) // unique)
   )
   subject = {'kind': 'images', 'path': str(images), 'num': len(files)}
   size, schema = dataset.image_size, dataset.schema
   samples = faces.folder_faces(files, size, schema, protocol.batch_size, conditions)
-  return subject, samples, protocol
+  examples = faces.condition_examples(dataset, protocol) if matches is None else named
+  return subject, samples, examples, protocol
 
 
 def define_flags():

@@ -71,7 +71,7 @@ def evaluator(kind: str, seed: int = 0, schema=tiny_model.SCHEMA, image_size: in
   }
   fields = {'patch': 2, 'channels': 8, 'channel_multipliers': [1, 2], 'num_res_blocks': 1}
   ceiling = {'pixel_accuracy': 0.5, 'accuracy': 0.8, 'miou_present': None}
-  parts = EvaluatorParts(kind, image_size, fields | outputs[kind], schema, ceiling, {}, 'abc')
+  parts = EvaluatorParts(kind, image_size, fields | outputs[kind], schema, ceiling, {}, None, 'abc')
   image = np.zeros((1, image_size, image_size, 3), np.float32)
   shapes = jax.eval_shape(parts.make_module().init, jax.random.key(0), image)['params']
   rng = np.random.default_rng(seed)
