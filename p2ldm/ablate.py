@@ -48,6 +48,11 @@ def main():
   from p2ldm.training import ablation, ablation_results
   from p2ldm.training.workdir import default_workdir, use_compilation_cache
 
+  if 'grid' not in _CONFIG.value:
+    raise UserError(
+      f'{config_flags.get_config_filename(flags.FLAGS["config"])} describes one '
+      'run and no ablation; give configs/ablation.py or one like it.'
+    )
   cells = ablation.cells(_CONFIG.value)
   chosen = [cell for cell in cells if pattern.search(cell.directory)]
   if _LIST.value:

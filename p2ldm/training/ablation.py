@@ -202,7 +202,7 @@ def read_figures(path: pathlib.Path, wanted: dict) -> dict | None:
 def read_probe(path: pathlib.Path) -> dict[str, dict[int, float]]:
   """{figure: {step: value}} of what the probe logged in a metrics.jsonl."""
   probe = {}
-  for line in path.read_text().splitlines():
+  for line in path.read_text().splitlines() if path.exists() else ():
     row = json.loads(line)
     for name, value in row.items():
       if name.startswith('probe/'):
