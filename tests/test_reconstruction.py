@@ -76,3 +76,25 @@ def test_lpips_takes_uint8_as_the_range_minus_one_to_one():
   ends = np.stack([np.zeros((16, 16, 3)), np.full((16, 16, 3), 255)]).astype(np.uint8)
   extremes = jax.tree_util.Partial(lambda x, y: jnp.stack([x.min(), y.max()]))
   np.testing.assert_array_equal(reconstruction.lpips(extremes, ends, ends), [-1, 1])
+
+
+def test_pairs_without_a_difference_have_no_psnr():
+  rng = np.random.default_rng(0)
+  x, y = rng.integers(0, 256, (2, 4, 16, 16, 3)).astype(np.uint8)
+  y[1] = x[1]
+  meter = reconstruction.ReconstructionMeter(None)
+  meter.add(x[:3], y[:3], np.array([[3, 5], [3, 7]]))
+  meter.add(x[3:], y[3:], np.array([[5]]))
+  figures = meter.figures(codebook_size=6)
+  different = [0, 2, 3]
+  mse = np.mean((x[different].astype(float) - y[different]) ** 2, axis=(1, 2, 3))
+  decibels = 10 * np.log10(255**2 / mse)
+  assert figures['psnr']['num'] == 3
+  np.testing.assert_allclose(figures['psnr']['mean'], decibels.mean(), rtol=1e-5)
+  np.testing.assert_allclose(figures['psnr']['std'], decibels.std(), rtol=1e-3)
+  assert figures['ssim']['num'] == 4
+  assert figures['codebook_use'] == 0.5
+  assert 'lpips' not in figures
+  same = reconstruction.ReconstructionMeter(None)
+  same.add(x, x, None)
+  assert same.figures(None)['psnr'] == {'mean': None, 'std': None, 'num': 0}
