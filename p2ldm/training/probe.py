@@ -46,8 +46,10 @@ class Probe:
     self._parser = evaluators.get('parser') if takes['mask'] != 'none' else None
     self._classifier = evaluators.get('classifier') if takes['attributes'] != 'none' else None
     validation = cache.splits['validation']
-    masks = validation.batch(np.arange(len(validation)))['mask']
-    has_mask = (masks != UNSPECIFIED).any(axis=(1, 2))
+    chunks = np.array_split(np.arange(len(validation)), -(-len(validation) // 256))
+    has_mask = np.concatenate(
+      [(validation.batch(rows)['mask'] != UNSPECIFIED).any(axis=(1, 2)) for rows in chunks]
+    )
     # Faces with a mask first: where only some have one, they tell most.
     self._faces = np.argsort(~has_mask, kind='stable')[: config.probe.num_faces]
     batch = validation.batch(self._faces)
