@@ -134,7 +134,7 @@ def _autoencoder(report: dict, notes: Notes) -> str:
   for key, title in (('psnr', 'PSNR (dB)'), ('ssim', 'SSIM'), ('lpips', 'LPIPS')):
     figure = get(report, 'autoencoder', key)
     if figure:
-      rows.append([title, measured(figure['mean'], figure['std']), figure['num']])
+      rows.append([title, measured(get(figure, 'mean'), get(figure, 'std'), 3), get(figure, 'num')])
   for figures in (get(report, 'sets', 'reconstructions', 'distances') or {}).values():
     for name, figure in figures.items():
       if name != 'precision and recall':
@@ -149,7 +149,7 @@ def _own_metrics(sets: dict) -> str:
   rows = []
   for name in names:
     figures = [get(sets, which, 'metrics', name) for which in _SETS]
-    rows.append([name, *(measured(get(f, 'mean'), get(f, 'std')) for f in figures)])
+    rows.append([name, *(measured(get(f, 'mean'), get(f, 'std'), 3) for f in figures)])
     rows.append([f'{name}: images', *(get(f, 'num') for f in figures)])
   return table(('mean and standard deviation', *_COLUMNS[:3]), rows)
 
@@ -209,7 +209,7 @@ def _made(report: dict) -> list[list]:
     [f'metric: {name}', f'`{where}`'] for name, where in (protocol.get('metrics') or {}).items()
   ]
   rows += [
-    [f'seconds: {name}', measured(value)] for name, value in (report.get('seconds') or {}).items()
+    [f'seconds: {name}', f'{value:,.1f}'] for name, value in (report.get('seconds') or {}).items()
   ]
   versions = report.get('versions') or {}
   return [

@@ -40,13 +40,13 @@ def cell(value) -> str:
   return ' '.join(str(value).split()).replace('|', '\\|')
 
 
-def measured(value: float | None, spread: float | None = None) -> str | None:
-  """A figure of any scale: four digits, or as many as show two of its spread."""
+def measured(value: float | None, spread: float | None = None, digits: int = 2) -> str | None:
+  """A figure of any scale: four digits, or as many as show `digits` of its spread."""
   if value is None:
     return None
   if not spread:
     return _rounded(value, value, 4) if spread is None else f'{_rounded(value, value, 4)} ± 0'
-  return f'{_rounded(value, spread, 2)} ± {_rounded(spread, spread, 2)}'
+  return f'{_rounded(value, spread, digits)} ± {_rounded(spread, spread, digits)}'
 
 
 def percent(part: float | None, whole: float | None) -> str | None:
@@ -71,21 +71,22 @@ class Notes:
     return '\n'.join(f'- Note {i}: {reason}' for i, reason in enumerate(self._reasons, 1))
 
 
-def distance(figure: dict | None, notes: Notes, value: str = 'value') -> str | None:
+def distance(figure: dict | None, notes: Notes, value: str = 'value') -> str | float | None:
   """A distance, its spread, and its mark if it was forced or refused.
 
   Args:
     figure: of `figures.Figure` as a dict, or {'refused': why}; None and {} give None.
     notes: receives the reason.
-    value: the key of the value.
+    value: the key of the value; others than 'value' are shares, and come back as they are.
   """
   if not figure:
     return None
   if figure.get('refused'):
     return notes.mark('refused', figure['refused'])
-  text = measured(figure.get(value), figure.get('spread'))
+  number = figure.get(value)
+  text = measured(number, figure.get('spread')) if value == 'value' else number
   if figure.get('forced'):
-    return f'{text or "-"} {notes.mark("forced", figure["forced"])}'
+    return f'{cell(text)} {notes.mark("forced", figure["forced"])}'
   return text
 
 
