@@ -209,7 +209,8 @@ def _made(report: dict) -> list[list]:
     [f'metric: {name}', f'`{where}`'] for name, where in (protocol.get('metrics') or {}).items()
   ]
   rows += [
-    [f'seconds: {name}', f'{value:,.1f}'] for name, value in (report.get('seconds') or {}).items()
+    [f'seconds: {name}', None if value is None else f'{value:,.1f}']
+    for name, value in (report.get('seconds') or {}).items()
   ]
   versions = report.get('versions') or {}
   return [
