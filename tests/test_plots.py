@@ -131,7 +131,7 @@ def test_forty_names_do_not_overlap_and_stay_in_the_picture():
 def test_curves():
   series = {
     'a': {0.5: (0.2, 0.1), 0.0: (0.8, 0.01), 0.1: (None, None)},
-    'costs $5 and $6': {0.0: (0.7, None), 0.5: (0.6, None)},
+    r'costs $\frac$': {0.0: (0.7, None), 0.5: (0.6, None)},
   }
   figure = plots.curves(series, 'Title', 'level', 'mIoU', ceiling=0.9)
   assert isinstance(figure, Figure)
@@ -146,7 +146,7 @@ def test_curves():
   assert axes.get_ylabel() == 'mIoU'
   styles = {(line.get_linestyle(), line.get_marker()) for line in axes.lines}
   assert len(styles) == 3
-  drawn(figure)  # two dollar signs are no formula
+  drawn(figure)  # a name is no formula
   without = plots.curves(series, 'Title', 'level', 'mIoU')
   assert 'real (ceiling)' not in labels(without)
 
@@ -198,7 +198,7 @@ def test_the_grid_shows_all_there_is():
   assert has(picture, CELEBAMASK_HQ.colors[13])
   assert galleries.samples_grid([], CELEBAMASK_HQ) is None
   bare = galleries.samples_grid([(face(color=10), face(color=20))], CELEBAMASK_HQ)
-  assert bare.width < picture.width - 3 * 128  # no columns for what nobody asked
+  assert bare.width < 3 * 128  # the real face and the sample; no columns for what nobody asked
 
 
 def texts(figure):

@@ -431,6 +431,15 @@ def test_files_and_empty_folders(tmp_path, result):
   assert (tmp_path / 'new/deep').stat().st_mode & 0o777 == 0o755
 
 
+def test_where_there_is_json_the_report_is_complete(tmp_path, result, monkeypatch):
+  (tmp_path / 'out').mkdir()
+  moved, replace = [], report.os.replace
+  monkeypatch.setattr(report.os, 'replace', lambda a, b: moved.append(b.name) or replace(a, b))
+  write(tmp_path / 'out', result)
+  assert moved[-1] == 'report.json'
+  assert set(moved) == {*PICTURES, 'report.md', 'report.json'}
+
+
 def test_names_of_pictures_cannot_lead_out_of_the_folder(tmp_path, result):
   out = tmp_path / 'out'
   _, found = write(out, result)

@@ -223,7 +223,7 @@ def _rows_figure(count: int, width: float = 7.6) -> tuple[Figure, Axes]:
 def _name_rows(axes: Axes, names: Sequence[str]):
   shown = [name.replace('_', ' ') for name in names]
   shown = [name if len(name) <= _MAX_NAME else name[: _MAX_NAME - 3] + '...' for name in shown]
-  axes.set_yticks(range(len(names)), [_text(name) for name in shown], fontsize=9, color=_INK)
+  axes.set_yticks(range(len(names)), [_text(name) for name in shown], color=_INK)
 
 
 def _finish(figure: Figure, axes: Axes, title: str, xlabel: str):
