@@ -65,7 +65,9 @@ def tiny(config: ConfigDict) -> None:
   """Embedded faces at 48 px, so that some thirty trainings take hours of two CPU cores, not days."""
   run = config.run
   run.data.update({'dir': 'data/embedded_48', 'image_size': 48, 'embedded_faces': 4_000})
-  run.evaluators.parser.training.update({'num_steps': 1_000, 'evaluate_every': 500})
+  run.evaluators.parser.training.update(
+    {'batch_size': 16, 'num_steps': 1_000, 'evaluate_every': 500}
+  )
   run.evaluators.classifier.training.update({'num_steps': 1_500, 'evaluate_every': 500})
   run.autoencoder.training.update({'num_steps': 1_500, 'warmup_steps': 100, 'evaluate_every': 500})
   run.denoiser.unet.channel_multipliers = (1, 2, 2)
@@ -73,6 +75,7 @@ def tiny(config: ConfigDict) -> None:
     {'num_steps': 3_000, 'evaluate_every': 1_000, 'sample_every': 3_000, 'checkpoint_every': 500}
   )
   run.probe.update({'every': 500, 'num_faces': 64})
+  run.sampling.update({'steps': 25, 'num_faces': 4})
   run.evaluation.update(
     {
       'num_samples': 800,  # two for each of the 400 held-out faces
