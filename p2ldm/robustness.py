@@ -8,6 +8,7 @@ that were trained with conditions left out at random and models that were not ca
 --out receives robustness.md, robustness.json and plots, when everything in it is complete.
 """
 
+import dataclasses
 import pathlib
 
 from absl import flags
@@ -48,14 +49,16 @@ def measure(models, data, evaluators, out, protocol, names, inception_weights, c
   from p2ldm.data.prepared import open_dataset
   from p2ldm.evaluation import report
   from p2ldm.evaluation.corruptions import CORRUPTIONS
-  from p2ldm.evaluation.robustness import robustness
+  from p2ldm.evaluation.faces import condition_examples
+  from p2ldm.evaluation.robustness import photograph_figures, robustness
+  from p2ldm.evaluation.sets import about
   from p2ldm.interop import model_config, model_directory
   from p2ldm.pipeline import Pipeline
 
   report.check_out(out, overwrite)
   directories = [model_directory.find(model) for model in models]
-  about = model_config.read(directories[0] / 'config.json')
-  dataset = open_dataset(data or about['provenance']['data_set'])
+  config = model_config.read(directories[0] / 'config.json')
+  dataset = open_dataset(data or config['provenance']['data_set'])
   instruments = load_instruments(evaluators, models[0], inception_weights, cache, protocol)
   results = {
     _name(model, models): robustness(
@@ -67,7 +70,17 @@ def measure(models, data, evaluators, out, protocol, names, inception_weights, c
     )
     for model, directory in zip(models, directories, strict=True)
   }
-  report.write_robustness(out, results, dataset, protocol, PLOTS, overwrite)
+  real = photograph_figures(dataset, protocol, instruments)
+  examples = condition_examples(dataset, protocol)
+  made = {
+    'protocol': dataclasses.asdict(protocol),
+    **about(dataset, protocol, instruments, len(examples)),
+    'weights': {
+      _name(model, models): model_config.read(directory / 'config.json')['sha256']
+      for model, directory in zip(models, directories, strict=True)
+    },
+  }
+  report.write_robustness(out, results, real, made, PLOTS, overwrite)
 
 
 def _name(model: pathlib.Path, models: list[pathlib.Path]) -> str:

@@ -108,7 +108,10 @@ def lab(monkeypatch, tmp_path):
     if lab.trained[-1] in lab.diverge:
       raise FloatingPointError('loss became nan at step 3')
     (directory / 'diffusion').mkdir(parents=True, exist_ok=True)
-    rows = [{'step': s, 'probe/mask_miou': s / 3000, 'train/loss': 1.0} for s in (1000, 2000, 3000)]
+    rows = [
+      {'step': s, 'time': 3.6 * s, 'probe/mask_miou': s / 3000, 'train/loss': 1.0}
+      for s in (1000, 1100, 2000, 3000)
+    ]
     text = ''.join(json.dumps(row) + '\n' for row in rows)
     (directory / 'diffusion' / 'metrics.jsonl').write_text(text)
 
@@ -143,6 +146,7 @@ def test_cells_are_run_once_and_photographs_are_measured_once(lab):
   assert len(lab.trained) == len(set(lab.trained)) == 6
   assert [photographs for _, photographs in lab.evaluated] == [True] + [False] * 5
   assert len(results) == 7 and real['sets']['real']
+  assert {f['cost']['training_s'] for _, f in results} == {360.0}  # the long gaps are stops
   lab.run(config)
   assert len(lab.trained) == 6
 
@@ -194,7 +198,7 @@ def test_tables_and_plots(lab, tmp_path):
   attributes = next(line for line in lines if line.startswith('| attributes, p2 '))
   assert attributes.count('(not given)') == 2
   photographs = next(line for line in lines if 'real photographs' in line)
-  assert '0.750' in photographs
+  assert '0.750' in photographs and '0.1' not in photographs  # the diversity is that of samples
   others = next(line for line in lines if 'asked of other faces' in line)
   assert '0.125' in others and '0.500' in others
   assert '0.333 (step 1,000) | 0.667 (step 2,000) | 1.000 (step 3,000)' in text

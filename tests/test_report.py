@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import json
-import types
 
 import numpy as np
 import pytest
@@ -462,10 +461,13 @@ def level(value, mark=None):
 
 
 def write_robustness(out, models, monkeypatch=None):
-  dataset = types.SimpleNamespace(
-    directory=out, fingerprint='x', split_scheme='last3000', image_size=SIZE
-  )
-  report.write_robustness(out, models, dataset, tiny_evaluation.PROTOCOL, FIGURES, True)
+  about = {
+    'protocol': dataclasses.asdict(tiny_evaluation.PROTOCOL),
+    'data': {'fingerprint': 'x', 'split_scheme': 'last3000', 'num_reference': 7},
+    'instruments': {'parser': {'sha256': 'a' * 64}},
+  }
+  real = level(9.0)
+  report.write_robustness(out, models, real, about, FIGURES, True)
   return (out / 'robustness.md').read_text(), json.loads((out / 'robustness.json').read_text())
 
 
@@ -490,6 +492,9 @@ def test_robustness(tmp_path, monkeypatch):
   assert f'- Note 1: {FORCED}' in text
   assert rows(text, 'Attributes flipped')['a'] == ['4.00 ± 0.50']  # no column of nothing
   assert 'KID' not in text
+  assert 'aaaaaaaaaaaa' in text and '| num reference | 7 |' in text
+  assert section['*real photographs*'][0] == '9.00 ± 0.50'
+  assert drawn[0][4] == 0.9  # the ceiling
   assert found['models']['b'] == models['b']
   assert found['models']['a']['attributes_flipped']['0.5']['mask']['miou_present'] is None
   # Adherence to the mask is drawn where the mask is corrupted, distances everywhere.

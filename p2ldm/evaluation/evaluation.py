@@ -23,9 +23,8 @@ from p2ldm.evaluation.faces import Faces, condition_examples, generated_faces, r
 from p2ldm.evaluation.meters import FirstSamples, SampleDiversity
 from p2ldm.evaluation.protocol import Protocol, load_metrics
 from p2ldm.evaluation.reconstruction import ReconstructionMeter
-from p2ldm.evaluation.sets import Instruments, SetMeters, num_reference, reference_sets
-from p2ldm.interop.weights import sha256
-from p2ldm.models.perceptual import lpips_embedding, weights_path
+from p2ldm.evaluation.sets import Instruments, SetMeters, about, num_reference, reference_sets
+from p2ldm.models.perceptual import lpips_embedding
 from p2ldm.pipeline import Pipeline
 
 NUM_WORST = 8  # images shown for each way to be wrong
@@ -121,9 +120,8 @@ class _Evaluation:
     self._dataset, self._protocol, self._instruments = dataset, protocol, instruments
     self._num_samples = num_samples
     self._metrics = load_metrics(protocol.metrics)
-    self._num_reference = num_reference(dataset, protocol)
     if instruments.spaces:
-      protocol.check(num_samples, self._num_reference)
+      protocol.check(num_samples, num_reference(dataset, protocol))
     self._seconds = {}
 
   def run(
@@ -163,8 +161,7 @@ class _Evaluation:
     sets['samples'] = self._timed('distances', meters.figures, references)
     figures = {
       'protocol': dataclasses.asdict(protocol),
-      'data': self._about_data(examples),
-      'instruments': self._about_instruments(),
+      **about(self._dataset, protocol, instruments, len(examples)),
       'sets': sets,
       'diversity': diversity or None,
       'autoencoder': autoencoder,
@@ -211,42 +208,6 @@ class _Evaluation:
     config = pipeline.config['autoencoder']
     codes = config['codebook_size'] if config['regularizer'] == 'vq' else None
     return sets, autoencoder.figures(codes)
-
-  def _about_data(self, examples) -> dict:
-    dataset, protocol = self._dataset, self._protocol
-    return {
-      'directory': str(dataset.directory),
-      'fingerprint': dataset.fingerprint,
-      'embedded': dataset.embedded,
-      'image_size': dataset.image_size,
-      'split_scheme': dataset.split_scheme,
-      'split': protocol.split,
-      'conditions': len(examples),
-      'reference_split': protocol.reference_split,
-      'num_reference': self._num_reference,
-    }
-
-  def _about_instruments(self) -> dict:
-    about = {}
-    for evaluator in filter(None, (self._instruments.parser, self._instruments.classifier)):
-      about[evaluator.kind] = {
-        'sha256': evaluator.sha256,
-        'ceiling': evaluator.ceiling,
-        'provenance': evaluator.provenance,
-      }
-    for space in self._instruments.spaces:
-      about[space.name] = {
-        'title': space.title,
-        'protocol': space.protocol,
-        'weights_sha256': space.weights_sha256,
-      }
-    if self._instruments.lpips is not None:
-      about['lpips'] = {
-        'title': 'LPIPS 0.1, VGG16',
-        'protocol': 'uint8 images at their own resolution, in float32',
-        'weights_sha256': sha256(weights_path()),
-      }
-    return about
 
 
 def _reconstruct(pipeline: Pipeline, images: np.ndarray, batch_size: int):

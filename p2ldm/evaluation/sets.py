@@ -16,6 +16,8 @@ from p2ldm.evaluation.figures import frechet_figure, kernel_figure
 from p2ldm.evaluation.meters import Adherence, Features, OwnMetric
 from p2ldm.evaluation.protocol import Protocol
 from p2ldm.evaluation.reference import CACHE, reference_features
+from p2ldm.interop.weights import sha256
+from p2ldm.models.perceptual import weights_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +59,47 @@ def reference_sets(
     )
     for space in instruments.spaces
   }
+
+
+def about(
+  dataset: PreparedDataset, protocol: Protocol, instruments: Instruments, num_conditions: int
+) -> dict:
+  """What stands beside every figure: {'data': ..., 'instruments': ...}, JSON values."""
+  data = {
+    'directory': str(dataset.directory),
+    'fingerprint': dataset.fingerprint,
+    'embedded': dataset.embedded,
+    'image_size': dataset.image_size,
+    'split_scheme': dataset.split_scheme,
+    'split': protocol.split,
+    'conditions': num_conditions,
+    'reference_split': protocol.reference_split,
+    'num_reference': num_reference(dataset, protocol),
+  }
+  return {'data': data, 'instruments': _about_instruments(instruments)}
+
+
+def _about_instruments(instruments: Instruments) -> dict:
+  found = {}
+  for evaluator in filter(None, (instruments.parser, instruments.classifier)):
+    found[evaluator.kind] = {
+      'sha256': evaluator.sha256,
+      'ceiling': evaluator.ceiling,
+      'provenance': evaluator.provenance,
+    }
+  for space in instruments.spaces:
+    found[space.name] = {
+      'title': space.title,
+      'protocol': space.protocol,
+      'weights_sha256': space.weights_sha256,
+    }
+  if instruments.lpips is not None:
+    found['lpips'] = {
+      'title': 'LPIPS 0.1, VGG16',
+      'protocol': 'uint8 images at their own resolution, in float32',
+      'weights_sha256': sha256(weights_path()),
+    }
+  return found
 
 
 class SetMeters:

@@ -126,17 +126,19 @@ def run_cell(cell: Cell, workdir: pathlib.Path, mesh, shared, bench: 'Bench') ->
   """
   directory = workdir / 'cells' / cell.directory
   print(f'{cell.group}: {cell.row} {cell.column}, seed {cell.seed}, in {directory}')
-  start = time.perf_counter()
   open_workdir(directory, cell.config)
+  evaluation_s = 0.0
   try:
     stages.run_diffusion(cell.config, directory, mesh, *shared)
   except FloatingPointError as error:
     figures = {'diverged': str(error)}
   else:
+    start = time.perf_counter()
     figures = bench.figures(directory)
-  # Of the last start alone, if the training was interrupted.
-  figures['seconds_in_all'] = round(time.perf_counter() - start, 1)
-  figures['probe'] = read_probe(directory / 'diffusion' / 'metrics.jsonl')
+    evaluation_s = round(time.perf_counter() - start, 1)
+  metrics = directory / 'diffusion' / 'metrics.jsonl'
+  figures['cost'] = {'training_s': training_seconds(metrics), 'evaluation_s': evaluation_s}
+  figures['probe'] = read_probe(metrics)
   figures['about'] = about(cell.config, bench.protocol)
   write_json(directory / 'figures.json', figures)
   jax.clear_caches()  # each cell compiles networks of its own
@@ -208,6 +210,14 @@ def read_probe(path: pathlib.Path) -> dict[str, dict[int, float]]:
       if name.startswith('probe/'):
         probe.setdefault(name.removeprefix('probe/'), {})[row['step']] = value
   return probe
+
+
+def training_seconds(path: pathlib.Path, stopped: float = 600.0) -> float:
+  """Seconds between the first and the last line of a metrics.jsonl, pauses over `stopped` left out."""
+  lines = path.read_text().splitlines() if path.exists() else []
+  times = [json.loads(line)['time'] for line in lines]
+  gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+  return round(sum(gap for gap in gaps if gap < stopped), 1)
 
 
 def write_json(path: pathlib.Path, values: dict):

@@ -124,7 +124,7 @@ def how(results: list[tuple[Cell, dict]], real: dict) -> list[str]:
     return []
   cell, first = results[0]
   done = [figures for _, figures in results if 'diverged' not in figures]
-  seconds = sum({c.directory: f['seconds_in_all'] for c, f in results}.values())
+  seconds = sum({c.directory: sum(f['cost'].values()) for c, f in results}.values())
   training, protocol = cell.config.diffusion.training, first['about']['protocol']
   lines = [
     f'- Each cell: {training.num_steps:,} steps of {training.batch_size}, image size '
@@ -204,8 +204,10 @@ def probe_curves(results, figure: str) -> dict[str, dict[int, tuple[float, float
 
 
 def _of(which: str, path: tuple[str, ...]) -> tuple[str, ...]:
-  """The same figure of another set."""
-  return tuple(which if key == 'samples' else key for key in path)
+  """The same figure of another set; of what only samples have, a path that leads nowhere."""
+  return (
+    tuple(which if key == 'samples' else key for key in path) if 'samples' in path else (which,)
+  )
 
 
 def _asked_of_others(path: tuple[str, ...]) -> tuple[str, ...]:
