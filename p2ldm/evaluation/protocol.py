@@ -87,7 +87,7 @@ class Protocol:
         )
     except UserError as error:
       raise UserError(
-        f'{error} That is: a larger --num_samples; --nofrechet to leave FID and FD-VGG out; a smaller '
+        f'{error} Here that means a larger --num_samples; --nofrechet to leave FID and FD-VGG out; a smaller '
         '--kernel_subset_size; or --force, which computes them anyway and marks them in the report.'
       ) from error
 
