@@ -14,6 +14,8 @@ def get_config(variant: str = '') -> ConfigDict:
   config = ConfigDict(
     {
       'run': multi.get_config(variant),
+      # File of the published Inception weights (docs/evaluation.md), for FID and KID; '' leaves them out.
+      'inception_weights': '',
       # Every cell of the grid is a row and a column, for each of the seeds.
       'grid': {
         'seeds': (0, 1, 2),

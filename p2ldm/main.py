@@ -1,8 +1,8 @@
 """`python -m p2ldm.main --config=configs/multi.py`: trains, from a prepared data set to a model.
 
-Runs the stages of the config in order: the autoencoder, the latent cache, the diffusion model. A
-stage that is complete in the workdir is not run again, one that was interrupted goes on from its
-newest checkpoint. At the end WORKDIR/model holds what `p2ldm.Pipeline` and the other commands load.
+Runs the stages of the config in order: parser and classifier (they judge what the model draws), the
+autoencoder, the latent cache, the diffusion model. A stage that is complete in the workdir is not run
+again, one that was interrupted goes on from its newest checkpoint. At the end WORKDIR/model holds what `p2ldm.Pipeline` and the other commands load.
 
   python -m p2ldm.main --config=configs/multi.py:tiny          embedded faces, minutes on two cores
   python -m p2ldm.main --config=configs/multi.py --config.data.dir=DIR

@@ -6,10 +6,12 @@ Trainings and evaluations are replaced by records of what they were asked to do.
 import json
 import subprocess
 import sys
+import types
 
 import pytest
 
 from configs import ablation as config_file
+from p2ldm.errors import UserError
 from p2ldm.evaluation.evaluation import Result
 from p2ldm.training import ablation, ablation_results
 
@@ -94,7 +96,7 @@ def lab(monkeypatch, tmp_path):
   """Stands in for JAX: counts trainings and evaluations; a cell named in `diverge` does."""
 
   class Lab:
-    trained, evaluated, diverge = [], [], ()
+    trained, evaluated, diverge, num_reference = [], [], (), 4_000
 
     def run(self, config, cells=None):
       return list(
@@ -105,15 +107,17 @@ def lab(monkeypatch, tmp_path):
 
   def train(config, directory, mesh, *shared):
     lab.trained.append(str(directory.relative_to(tmp_path / 'cells')))
-    if lab.trained[-1] in lab.diverge:
-      raise FloatingPointError('loss became nan at step 3')
     (directory / 'diffusion').mkdir(parents=True, exist_ok=True)
     rows = [
-      {'step': s, 'time': 3.6 * s, 'probe/mask_miou': s / 3000, 'train/loss': 1.0}
+      {'step': s, 'time': 3.6 * s, 'probe/mask_miou_present': s / 3000, 'train/loss': 1.0}
       for s in (1000, 1100, 2000, 3000)
     ]
     text = ''.join(json.dumps(row) + '\n' for row in rows)
+    if lab.trained[-1] in lab.diverge:
+      text = text.partition('\n')[0] + '\n'
     (directory / 'diffusion' / 'metrics.jsonl').write_text(text)
+    if lab.trained[-1] in lab.diverge:
+      raise FloatingPointError('loss became nan at step 1003')
 
   def evaluate(pipeline, dataset, protocol, instruments, photographs):
     name = str(pipeline.relative_to(tmp_path / 'cells'))
@@ -122,7 +126,10 @@ def lab(monkeypatch, tmp_path):
 
   monkeypatch.setattr(ablation.stages, 'run_before_diffusion', lambda config, path, mesh: (
     (path.mkdir(parents=True, exist_ok=True), lab_shared)[1]))  # fmt: skip
-  lab_shared = ablation.stages.Shared(None, None, {'parser': None, 'classifier': None})
+  lab.cache = types.SimpleNamespace(meta={'origin': {'data set': 'x', 'autoencoder': 'y'}})
+  lab_shared = ablation.stages.Shared(None, lab.cache, {})
+  monkeypatch.setattr(ablation, 'check_fit', lambda dataset, instruments: None)
+  monkeypatch.setattr(ablation, 'num_reference', lambda dataset, protocol: lab.num_reference)
   monkeypatch.setattr(ablation.stages, 'validate', lambda config, mesh: None)
   monkeypatch.setattr(ablation.stages, 'open_data', lambda config: None)
   monkeypatch.setattr(ablation.stages, 'run_diffusion', train)
@@ -164,13 +171,38 @@ def test_chosen_cells_alone_are_run(lab):
 def test_another_protocol_or_budget_is_measured_again(lab):
   lab.run(small())
   config = small()
-  config.run.evaluation.num_samples = 8
+  config.run.evaluation.num_samples = 900
   lab.run(config)
   assert len(lab.evaluated) == 12
   config = small(num_steps=4_000)
   results, _ = lab.run(config)[-1]
   assert len(lab.evaluated) == 18
-  assert all(f['about']['num_steps']['diffusion'] == 4_000 for _, f in results)
+  assert all(f['about']['training']['diffusion.training.num_steps'] == 4_000 for _, f in results)
+
+
+def test_cells_of_another_data_set_or_autoencoder_are_measured_again(lab, capsys):
+  config = small()
+  lab.run(config)
+  lab.cache.meta['origin'] = {'data set': 'x', 'autoencoder': 'another'}
+  lab.run(config)
+  assert len(lab.evaluated) == 12
+  assert 'both-p2/seed_0: its figures are of another config' in capsys.readouterr().out
+
+
+def test_what_does_not_change_a_training_is_not_measured_again(lab):
+  lab.run(small())
+  config = small(log_every=7)
+  config.run.probe.every = 3
+  config.run.sampling.num_faces = 1
+  lab.run(config)
+  assert len(lab.evaluated) == 6
+
+
+def test_too_few_reference_faces_are_refused_before_the_first_training(lab):
+  lab.num_reference = 100
+  with pytest.raises(UserError, match='reference split'):
+    lab.run(small())
+  assert not lab.trained
 
 
 def test_a_cell_that_diverges_is_named_and_the_others_go_on(lab, tmp_path):
@@ -195,6 +227,7 @@ def test_tables_and_plots(lab, tmp_path):
   both = next(line for line in lines if line.startswith('| both, plain '))
   # Seeds give 0.25, 0.375 and 0.5; the standard deviation divides by 2.
   assert '| 3 | 0.375 ± 0.125 | 0.900 ± 0.000 | 0.750 ± 0.000 | 0.500 ± 0.000 |' in both
+  assert 'KD-VGG' in text and 'FID' not in text  # no cell has one
   attributes = next(line for line in lines if line.startswith('| attributes, p2 '))
   assert attributes.count('(not given)') == 2
   photographs = next(line for line in lines if 'real photographs' in line)
@@ -205,7 +238,11 @@ def test_tables_and_plots(lab, tmp_path):
   assert 'last_tenth' in text and '800' in text and '1 and 1' in text
   saved = json.loads((tmp_path / 'results.json').read_text())
   assert len(saved['cells']) == len(results)
-  for name in ('cells_miou.png', 'cells_kd_vgg.png', 'probe_mask_miou.png'):
+  for name in (
+    'cells_miou__classes_present.png',
+    'cells_kd_vgg.png',
+    'probe_mask_miou_present.png',
+  ):
     assert (tmp_path / name).read_bytes().startswith(b'\x89PNG')
   assert not list(tmp_path.glob('*.partial'))
 

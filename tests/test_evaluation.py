@@ -125,9 +125,36 @@ def test_distances_are_to_the_reference_split(result, dataset, real, samples):
     kernel = result.figures['sets'][name]['distances']['thumbnails']['KD-T']
     assert (kernel['num_real'], kernel['num_fake']) == (45, len(images))
     assert (kernel['forced'] is None) == (name == 'samples')  # subsets of 8, of 5 and 11 images
-  assert result.figures['sets']['samples']['distances']['thumbnails']['precision and recall'][
-    'num'
-  ] == len(samples)
+  # One number of images for all sets: there are five photographs.
+  for name in ('real', 'reconstructions', 'samples'):
+    found = result.figures['sets'][name]['distances']['thumbnails']['precision and recall']
+    assert found['num'] == 5
+
+
+def test_distances_of_photographs_take_as_many_as_there_are_samples(pipeline, dataset, few):
+  """One face's conditions are drawn from, and four more held-out faces serve the distances."""
+  of_one = protocol(num_samples=4, samples_per_condition=4)
+  figures = evaluate_model(pipeline, dataset, of_one, few).figures
+  for name in ('real', 'reconstructions'):
+    assert figures['sets'][name]['num'] == 1
+    assert figures['sets'][name]['distances']['thumbnails']['KD-T']['num_fake'] == 4
+  assert figures['autoencoder']['psnr']['num'] == 4
+
+
+def test_what_the_model_takes_and_faces_that_were_trained_on_are_said(dataset, few):
+  parts = tiny_model.make_parts(mask='none')
+  train = protocol(split='train', reference_split='validation', num_samples=4)
+  figures = evaluate_model(Pipeline(parts, 'float32'), dataset, train, few, False).figures
+  assert figures['takes'] == {'attributes': True, 'mask': False}
+  notes = ' '.join(figures['warnings'])
+  assert 'not held out' in notes
+  assert 'The model was trained on another data set' in notes  # tiny_model names no origin
+  origin = {'data set': dataset.fingerprint}
+  parts.config['provenance']['origin'] = origin
+  pipeline = Pipeline(parts, 'float32')
+  held_out = protocol(num_samples=4)
+  alone = dataclasses.replace(few, parser=None, classifier=None)
+  assert evaluate_model(pipeline, dataset, held_out, alone, False).figures['warnings'] == []
 
 
 def test_a_users_metric_is_measured_of_every_set(result, real, samples):

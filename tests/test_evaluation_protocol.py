@@ -86,3 +86,26 @@ def test_metrics_that_cannot_be_imported(where):
 def test_nothing_of_the_protocol_can_be_changed_in_place():
   with pytest.raises(dataclasses.FrozenInstanceError):
     PROTOCOL.seed = 1
+
+
+@pytest.mark.parametrize(
+  ('changes', 'words'),
+  [
+    ({'sampler': 'ddmi'}, 'ddim'),
+    ({'eta': 7.0}, 'eta'),
+    ({'seed': 2**32}, 'seed'),
+    ({'mask_scale': float('nan')}, 'mask_scale'),
+    ({'split': 'train'}, 'compared with themselves'),
+  ],
+)
+def test_what_cannot_be_drawn_or_compared_is_refused_at_once(changes, words):
+  with pytest.raises(UserError, match=words):
+    protocol(**changes)
+
+
+def test_the_side_that_is_too_small_is_named():
+  strict = protocol(force=False)
+  with pytest.raises(UserError, match='a larger reference split'):
+    strict.check(4096, 1800)
+  with pytest.raises(UserError, match='a larger --num_samples'):
+    strict.check(100, 1800)

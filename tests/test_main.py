@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ import p2ldm
 from configs import attributes, autoencoder, base, evaluators, masks, multi, unconditional, variants
 from p2ldm.errors import UserError
 from p2ldm.models.denoiser import Denoiser
+from p2ldm.prepare import prepare
 from p2ldm.training import stages
 from p2ldm.training.workdir import default_workdir
 
@@ -231,6 +233,9 @@ def test_a_missing_data_set_is_reported_with_what_to_do(tmp_path):
     ('stages', ('autoencoder', 'difusion'), 'difusion'),
     ('autoencoder.pretrained', '/nowhere', '/nowhere'),
     ('mesh.fsdp', 3, 'do not multiply'),
+    ('evaluators.pretrained', '/nowhere', '/nowhere'),
+    ('evaluators.parser.model.patch', 5, 'evaluators.parser.model'),
+    ('probe.steps', 2_000, '2000'),
   ],
 )
 def test_a_config_that_cannot_run_is_refused_at_once(prepared_faces, tmp_path, key, value, words):
@@ -240,6 +245,18 @@ def test_a_config_that_cannot_run_is_refused_at_once(prepared_faces, tmp_path, k
   with pytest.raises(UserError, match=words):
     stages.run(config, tmp_path / 'run')
   assert not (tmp_path / 'run').exists()
+
+
+def test_missing_labels_are_reported_before_anything_is_trained(raw_faces, tmp_path):
+  """The classifier is the second stage; the parser is not trained first."""
+  raw = tmp_path / 'raw'
+  shutil.copytree(raw_faces, raw)
+  (raw / 'CelebAMask-HQ-attribute-anno.txt').unlink()
+  prepare(raw, tmp_path / 'faces', image_size=32)
+  config = shrink(multi.get_config('tiny'), tmp_path / 'faces')
+  with pytest.raises(UserError, match='classifier needs faces with attributes'):
+    stages.run(config, tmp_path / 'run')
+  assert not (tmp_path / 'run' / 'parser').exists()
 
 
 def test_a_stage_left_out_must_be_complete(prepared_faces, tmp_path):

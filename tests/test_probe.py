@@ -93,13 +93,18 @@ def config(num_faces=20):
 def test_a_model_that_obeys(cache):
   pipeline = Obedient()
   values = Probe(config(), cache, pipeline, EVALUATORS)(STATE)
-  names = ('mask_pixel_accuracy', 'mask_miou', 'attribute_accuracy', 'attribute_balanced_accuracy')
+  names = (
+    'mask_pixel_accuracy',
+    'mask_miou_present',
+    'attribute_accuracy',
+    'attribute_balanced_accuracy',
+  )
   for name in names:
     assert values[name] == 1.0
     assert values[f'{name}_by_chance'] < 0.75
   assert values['mask_pixel_accuracy_of_ceiling'] == 1 / 0.8
   assert values['attribute_accuracy_of_ceiling'] == 1 / 0.5
-  assert 'mask_miou_of_ceiling' not in values
+  assert 'mask_miou_present_of_ceiling' not in values
   assert len(values) == 4 + 4 + 3
   assert all(isinstance(value, float) for value in values.values())
   assert pipeline.params == {'weights': 3}
@@ -141,7 +146,7 @@ def test_a_condition_that_is_not_taken_is_neither_given_nor_measured(cache, with
 
 def test_one_evaluator_will_do(cache):
   values = Probe(config(), cache, Obedient(), {'parser': EVALUATORS['parser']})(STATE)
-  assert values['mask_miou'] == 1.0
+  assert values['mask_miou_present'] == 1.0
   assert all(name.startswith('mask_') for name in values)
 
 

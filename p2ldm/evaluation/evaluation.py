@@ -8,6 +8,7 @@ Distances of all three go to one reference set, the photographs of another split
 """
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Iterator
@@ -17,13 +18,22 @@ from tqdm import tqdm
 
 from p2ldm import pictures
 from p2ldm.data.prepared import PreparedDataset
+from p2ldm.diffusion.schedule import spaced_timesteps
 from p2ldm.errors import UserError
 from p2ldm.evaluation.diversity import PairwiseDiversity
 from p2ldm.evaluation.faces import Faces, condition_examples, generated_faces, real_faces
 from p2ldm.evaluation.meters import FirstSamples, SampleDiversity
 from p2ldm.evaluation.protocol import Protocol, load_metrics
 from p2ldm.evaluation.reconstruction import ReconstructionMeter
-from p2ldm.evaluation.sets import Instruments, SetMeters, about, num_reference, reference_sets
+from p2ldm.evaluation.sets import (
+  Instruments,
+  SetMeters,
+  about,
+  manifold_size,
+  num_photographs,
+  num_reference,
+  reference_sets,
+)
 from p2ldm.models.perceptual import lpips_embedding
 from p2ldm.pipeline import Pipeline
 
@@ -65,11 +75,14 @@ def evaluate_model(
   Raises:
     UserError: model, data and instruments do not fit one another, or the samples are too few.
   """
-  check_fit(dataset, instruments, pipeline)
+  check_fit(dataset, instruments, pipeline, protocol.steps)
   examples = condition_examples(dataset, protocol)
   samples = generated_faces(pipeline, dataset, protocol, examples)
   evaluation = _Evaluation(dataset, protocol, instruments, protocol.num_samples)
-  return evaluation.run(examples, samples, pipeline, photographs)
+  result = evaluation.run(examples, samples, pipeline, photographs)
+  takes = {name: pipeline.config['denoiser'][name] != 'none' for name in ('attributes', 'mask')}
+  notes = warnings(dataset, protocol, instruments, pipeline)
+  return dataclasses.replace(result, figures={'takes': takes, 'warnings': notes, **result.figures})
 
 
 def evaluate_images(
@@ -90,13 +103,22 @@ def evaluate_images(
   """
   check_fit(dataset, instruments)
   evaluation = _Evaluation(dataset, protocol, instruments, num_samples)
-  return evaluation.run(examples, samples, None, True)
+  result = evaluation.run(examples, samples, None, True)
+  notes = warnings(dataset, protocol, instruments)
+  return dataclasses.replace(result, figures={'takes': None, 'warnings': notes, **result.figures})
 
 
-def check_fit(dataset: PreparedDataset, instruments: Instruments, pipeline: Pipeline | None = None):
-  """Raises `UserError` unless schema and image size are one in all parts."""
+def check_fit(
+  dataset: PreparedDataset,
+  instruments: Instruments,
+  pipeline: Pipeline | None = None,
+  steps: int | None = None,
+):
+  """Raises `UserError` unless schema and image size are one in all parts, and the model has `steps`."""
   source = f'the data set {dataset.directory}'
   if pipeline is not None:
+    if steps is not None:
+      spaced_timesteps(pipeline.schedule.num_timesteps, steps)
     if pipeline.image_size != dataset.image_size:
       raise UserError(
         f'The model draws {pipeline.image_size} x {pipeline.image_size} pixels, and {source} was '
@@ -111,6 +133,34 @@ def check_fit(dataset: PreparedDataset, instruments: Instruments, pipeline: Pipe
   for evaluator in filter(None, (instruments.parser, instruments.classifier)):
     evaluator.check_schema(dataset.schema, source)
     evaluator.check_image_size(dataset.image_size, source)
+
+
+def warnings(
+  dataset: PreparedDataset,
+  protocol: Protocol,
+  instruments: Instruments,
+  pipeline: Pipeline | None = None,
+) -> list[str]:
+  """Sentences on what makes the figures less than they seem: faces that were trained on."""
+  trained = {
+    kind: evaluator.provenance
+    for kind, evaluator in (('parser', instruments.parser), ('classifier', instruments.classifier))
+    if evaluator
+  }
+  fingerprints = {kind: about.get('fingerprint') for kind, about in trained.items()}
+  if pipeline is not None:
+    origin = pipeline.config['provenance'].get('origin', {})
+    fingerprints['model'] = origin.get('data set')
+  found = []
+  for what, fingerprint in fingerprints.items():
+    if fingerprint != dataset.fingerprint:
+      found.append(
+        f'The {what} was trained on another data set than {dataset.directory}; whether the faces '
+        'measured here were held out from it is not known.'
+      )
+  if protocol.split == 'train':
+    found.append("The conditions are those of the split 'train': these faces are not held out.")
+  return found
 
 
 class _Evaluation:
@@ -138,8 +188,9 @@ class _Evaluation:
     sets, autoencoder = {}, None
     if photographs:
       real = real_faces(self._dataset, protocol.split, protocol.batch_size, examples)
+      more = self._more_photographs(examples)
       sets, autoencoder = self._timed(
-        'real and reconstructed', self._photographs, real, len(examples), pipeline, references
+        'real and reconstructed', self._photographs, real, more, pipeline, references
       )
     meters = self._set(NUM_WORST)
     diversity = self._diversity() if pipeline is not None else None
@@ -178,8 +229,22 @@ class _Evaluation:
 
   def _set(self, num_worst: int = 0) -> SetMeters:
     return SetMeters(
-      self._dataset.schema, self._protocol, self._instruments, self._metrics, num_worst
+      self._dataset.schema,
+      self._protocol,
+      self._instruments,
+      self._metrics,
+      num_worst,
+      manifold_size(self._dataset, self._protocol, self._num_samples),
     )
+
+  def _more_photographs(self, examples: np.ndarray) -> Iterator[Faces]:
+    """Held-out faces beyond those of the conditions, for distances from as many as there are samples."""
+    if not self._instruments.spaces:
+      return iter(())
+    count = num_photographs(self._dataset, self._protocol, self._num_samples)
+    others = np.setdiff1d(np.arange(self._dataset.num_examples(self._protocol.split)), examples)
+    others = others[: max(0, count - len(examples))]
+    return real_faces(self._dataset, self._protocol.split, self._protocol.batch_size, others)
 
   def _diversity(self) -> SampleDiversity | None:
     protocol, lpips = self._protocol, self._instruments.lpips
@@ -187,19 +252,29 @@ class _Evaluation:
     if lpips is None or count < 2:
       return None
     batch_size = min(count, protocol.batch_size)
-    pairwise = PairwiseDiversity(lpips_embedding(lpips), batch_size=batch_size, seed=protocol.seed)
+    pairwise = PairwiseDiversity(
+      lpips_embedding(lpips),
+      batch_size=batch_size,
+      seed=protocol.seed,
+      mesh=self._instruments.mesh,
+    )
     return SampleDiversity(pairwise, count)
 
-  def _photographs(self, batches, count: int, pipeline: Pipeline | None, references):
-    """Measures the photographs and, with a model, their reconstructions."""
+  def _photographs(self, conditions, more, pipeline: Pipeline | None, references):
+    """Measures the photographs and, with a model, their reconstructions.
+
+    `conditions` are the faces whose conditions are drawn from; `more` serve the distances alone.
+    """
     real, reconstructed = self._set(), self._set()
     autoencoder = ReconstructionMeter(self._instruments.lpips)
-    for faces in tqdm(batches, total=-(-count // self._protocol.batch_size), desc='photographs'):
-      real.add(faces)
+    marked = itertools.chain(((True, f) for f in conditions), ((False, f) for f in more))
+    for has_conditions, faces in tqdm(marked, desc='photographs', unit='batch'):
+      (real.add if has_conditions else real.add_features)(faces)
       if pipeline is None:
         continue
       images, codes = _reconstruct(pipeline, faces.images, self._protocol.batch_size)
-      reconstructed.add(dataclasses.replace(faces, images=images))
+      again = dataclasses.replace(faces, images=images)
+      (reconstructed.add if has_conditions else reconstructed.add_features)(again)
       autoencoder.add(faces.images, images, codes)
     sets = {'real': real.figures(references)}
     if pipeline is None:

@@ -57,10 +57,12 @@ def kernel_figure(
   subset_size, forced = check_kernel(len(real), len(fake), subset_size, force, name)
   if subset_size == len(real) == len(fake):
     num_subsets = 1  # every subset is the whole
+  whole = subset_size in (len(real), len(fake))  # the spread would be that of the other side alone
   value, spread = kernel_distance(
     real, fake, subset_size=subset_size, num_subsets=num_subsets, seed=seed
   )
-  return Figure(value, None if num_subsets == 1 else spread, len(real), len(fake), forced)
+  spread = None if whole or num_subsets == 1 else spread
+  return Figure(value, spread, len(real), len(fake), forced)
 
 
 def check_frechet(num_real: int, num_fake: int, force: bool, name: str = 'FID') -> str | None:

@@ -2,8 +2,10 @@
 
 import dataclasses
 import importlib
+import math
 from collections.abc import Callable, Mapping
 
+from p2ldm.diffusion.samplers import SAMPLERS
 from p2ldm.errors import UserError
 from p2ldm.evaluation.figures import check_frechet, check_kernel
 
@@ -53,7 +55,7 @@ class Protocol:
   metrics: Mapping[str, str]
 
   def __post_init__(self):
-    """Raises `UserError` if a number is out of range."""
+    """Raises `UserError` if a number is out of range or the two splits are one."""
     for name, least in (
       ('num_samples', 1),
       ('samples_per_condition', 1),
@@ -67,6 +69,20 @@ class Protocol:
     ):
       if getattr(self, name) < least:
         raise UserError(f'{name} must be at least {least}, not {getattr(self, name)}.')
+    if self.sampler not in SAMPLERS:
+      raise UserError(f'sampler is {self.sampler!r}; choose from {", ".join(SAMPLERS)}.')
+    if not 0 <= self.eta <= 1:
+      raise UserError(f'eta must be from 0 to 1, not {self.eta}.')
+    if self.seed >= 2**32:
+      raise UserError(f'seed must be at most {2**32 - 1}, not {self.seed}.')
+    for name in ('attributes_scale', 'mask_scale'):
+      if not math.isfinite(getattr(self, name)):
+        raise UserError(f'{name} must be a number, not {getattr(self, name)}.')
+    if self.split == self.reference_split:
+      raise UserError(
+        f'split and reference_split are both {self.split!r}: photographs would be compared with themselves. '
+        'Take the conditions from one split and the reference from another.'
+      )
 
   def check(self, num_samples: int, num_reference: int):
     """Says at once what could only be refused after hours.
@@ -86,8 +102,9 @@ class Protocol:
           num_reference, num_samples, self.kernel_subset_size, self.force, 'A kernel distance'
         )
     except UserError as error:
+      more = '--num_samples' if num_samples <= num_reference else 'reference split'
       raise UserError(
-        f'{error} Here that means a larger --num_samples; --nofrechet to leave FID and FD-VGG out; a smaller '
+        f'{error} Here that means a larger {more}; --nofrechet to leave FID and FD-VGG out; a smaller '
         '--kernel_subset_size; or --force, which computes them anyway and marks them in the report.'
       ) from error
 

@@ -13,7 +13,13 @@ from p2ldm.evaluation.corruptions import CORRUPTIONS, corrupt
 from p2ldm.evaluation.evaluation import check_fit
 from p2ldm.evaluation.faces import condition_examples, generated_faces, real_faces
 from p2ldm.evaluation.protocol import Protocol, load_metrics
-from p2ldm.evaluation.sets import Instruments, SetMeters, num_reference, reference_sets
+from p2ldm.evaluation.sets import (
+  Instruments,
+  SetMeters,
+  manifold_size,
+  num_reference,
+  reference_sets,
+)
 from p2ldm.pipeline import Pipeline
 
 
@@ -21,7 +27,13 @@ def photograph_figures(
   dataset: PreparedDataset, protocol: Protocol, instruments: Instruments
 ) -> dict:
   """The same figures of the photographs that the conditions come from: the ceiling."""
-  meters = SetMeters(dataset.schema, protocol, instruments, load_metrics(protocol.metrics))
+  meters = SetMeters(
+    dataset.schema,
+    protocol,
+    instruments,
+    load_metrics(protocol.metrics),
+    manifold_size=manifold_size(dataset, protocol, protocol.num_samples),
+  )
   examples = condition_examples(dataset, protocol)
   for faces in real_faces(dataset, protocol.split, protocol.batch_size, examples):
     meters.add(faces)
@@ -57,9 +69,10 @@ def robustness(
   references = reference_sets(dataset, protocol, instruments)
   examples = condition_examples(dataset, protocol)
   metrics = load_metrics(protocol.metrics)
+  of_manifolds = manifold_size(dataset, protocol, protocol.num_samples)
 
   def measure(change, bar):
-    meters = SetMeters(dataset.schema, protocol, instruments, metrics)
+    meters = SetMeters(dataset.schema, protocol, instruments, metrics, manifold_size=of_manifolds)
     for faces in generated_faces(pipeline, dataset, protocol, examples, change):
       meters.add(faces)
       bar.update(len(faces))

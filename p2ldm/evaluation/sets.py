@@ -1,9 +1,11 @@
 """All figures of one set of images: adherence, distances to the reference set, a user's own metrics."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 
 import numpy as np
+from jax.sharding import Mesh
 
 from p2ldm.data.labels import LabelSchema
 from p2ldm.data.prepared import PreparedDataset
@@ -29,19 +31,33 @@ class Instruments:
     spaces: in which distances are computed.
     lpips: from `perceptual.load_lpips`, None leaves LPIPS and the diversity out.
     cache: folder of reference features.
+    mesh: the devices that share the images of the diversity; None takes the first.
   """
 
   parser: Parser | None
   classifier: Classifier | None
   spaces: tuple[FeatureSpace, ...]
   lpips: Callable | None
-  cache: object = CACHE
+  cache: str | os.PathLike = CACHE
+  mesh: Mesh | None = None
 
 
 def num_reference(dataset: PreparedDataset, protocol: Protocol) -> int:
   """How many photographs distances are measured to."""
   available = dataset.num_examples(protocol.reference_split)
   return min(available, protocol.num_reference or available)
+
+
+def num_photographs(dataset: PreparedDataset, protocol: Protocol, num_samples: int) -> int:
+  """How many held-out photographs are measured for the distances: as many as samples, if there are."""
+  return min(dataset.num_examples(protocol.split), num_samples)
+
+
+def manifold_size(dataset: PreparedDataset, protocol: Protocol, num_samples: int) -> int:
+  """Images for precision and recall, one number for all sets, so that they compare."""
+  return min(
+    num_reference(dataset, protocol), num_photographs(dataset, protocol, num_samples), num_samples
+  )
 
 
 def reference_sets(
@@ -112,8 +128,18 @@ class SetMeters:
     instruments: Instruments,
     metrics: Mapping[str, Callable] | None = None,
     num_worst: int = 0,
+    manifold_size: int | None = None,
   ):
-    """Takes what to measure with; `metrics` are a user's own, by name."""
+    """Takes what to measure with.
+
+    Args:
+      schema: of the data set.
+      protocol, instruments: how, and with what.
+      metrics: a user's own, by name.
+      num_worst: how many of the worst images are kept.
+      manifold_size: images of either side for precision and recall, by default as many as there are.
+    """
+    self._manifold_size = manifold_size
     self._protocol = protocol
     self.adherence = Adherence(schema, instruments.parser, instruments.classifier, num_worst)
     self._features = [Features(space, protocol.batch_size) for space in instruments.spaces]
@@ -121,7 +147,14 @@ class SetMeters:
 
   def add(self, faces: Faces):
     """Measures a batch."""
-    for meter in (self.adherence, *self._features, *self._metrics.values()):
+    self.adherence.add(faces)
+    for metric in self._metrics.values():
+      metric.add(faces)
+    self.add_features(faces)
+
+  def add_features(self, faces: Faces):
+    """Takes a batch for the distances alone."""
+    for meter in self._features:
       meter.add(faces)
 
   def figures(self, references: dict[str, np.ndarray]) -> dict:
@@ -161,14 +194,14 @@ class SetMeters:
         )
       )
       figures['precision and recall'] = _or_refused(
-        lambda: _precision_recall(reference, features, protocol)
+        lambda: _precision_recall(reference, features, protocol, self._manifold_size)
       )
     return figures
 
 
-def _precision_recall(reference, features, protocol: Protocol) -> dict:
-  """Against as many photographs as there are samples: the manifolds grow with the number of either."""
-  count = min(len(reference), len(features))
+def _precision_recall(reference, features, protocol: Protocol, count: int | None) -> dict:
+  """Of as many images on either side: manifolds grow with their number."""
+  count = min(len(reference), len(features), count or len(features))
   rng = np.random.default_rng(protocol.seed)
   chosen = [np.sort(rng.choice(len(x), count, replace=False)) for x in (reference, features)]
   precision, recall = distances.precision_recall(

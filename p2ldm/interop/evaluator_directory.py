@@ -170,6 +170,12 @@ def find(directory, kind: str) -> pathlib.Path:
   raise UserError(f'{path} holds no {kind}: neither config.json of one nor {kind}/model. {_HOW}')
 
 
+def exists(directory, kind: str) -> bool:
+  """Whether `find` finds an evaluator of this kind."""
+  path = pathlib.Path(directory)
+  return any(_kind(c) == kind for c in (path, path / 'model', path / kind / 'model'))
+
+
 def exported_step(directory) -> int | None:
   """The training step of the evaluator in a directory, None if there is no evaluator."""
   path = pathlib.Path(directory)

@@ -64,8 +64,8 @@ class FaceParser(nn.Module):
       for i in range(self.num_res_blocks):
         x = self._block(width, f'up_{level}_{i}')(x, deterministic)
     x = nn.silu(GroupNorm(dtype=self.dtype, name='norm_out')(x))
-    x = nn.Conv(self.num_classes * self.patch**2, (3, 3), dtype=self.dtype, name='conv_out')(x)
-    return depth_to_space(x, self.patch).astype(jnp.float32)
+    x = nn.Conv(self.num_classes * self.patch**2, (3, 3), dtype=jnp.float32, name='conv_out')(x)
+    return depth_to_space(x, self.patch)
 
   def _block(self, width, name):
     return ResidualBlock(width, self.dropout, self.dtype, name=name)

@@ -19,12 +19,12 @@ import jax
 from ml_collections import ConfigDict
 
 from p2ldm import sharding
-from p2ldm.evaluation.evaluation import evaluate_model
+from p2ldm.evaluation.evaluation import check_fit, evaluate_model
 from p2ldm.evaluation.protocol import Protocol
-from p2ldm.evaluation.sets import Instruments
+from p2ldm.evaluation.sets import Instruments, num_reference
 from p2ldm.pipeline import Pipeline
 from p2ldm.training import stages
-from p2ldm.training.workdir import open_workdir
+from p2ldm.training.workdir import is_free, open_workdir
 
 SHARED_STAGES = ('parser', 'classifier', 'autoencoder', 'latents')
 
@@ -101,20 +101,25 @@ def run(
   shared_config = copy.deepcopy(run_config)
   shared_config.stages = SHARED_STAGES
   shared = stages.run_before_diffusion(shared_config, workdir / 'shared', mesh)
-  bench = Bench(run_config, protocol, workdir, shared.evaluators)
+  bench = Bench(config, protocol, workdir, shared)
   everything = cells(config)
-  figures = {cell.directory: read_cell(cell, workdir, protocol) for cell in everything}
+  figures = {cell.directory: read_cell(cell, workdir, bench) for cell in everything}
   for cell in chosen:
     if figures[cell.directory] is None:
       figures[cell.directory] = run_cell(cell, workdir, mesh, shared, bench)
     results = [(c, figures[c.directory]) for c in everything if figures[c.directory]]
-    yield results, read_figures(bench.real_path, about(run_config, protocol)) or {}
+    yield results, read_figures(bench.real_path, bench.about(run_config)) or {}
 
 
-def read_cell(cell: Cell, workdir: pathlib.Path, protocol: Protocol) -> dict | None:
+def read_cell(cell: Cell, workdir: pathlib.Path, bench: 'Bench') -> dict | None:
   """The figures of a cell that was run to its end, else None."""
   path = workdir / 'cells' / cell.directory / 'figures.json'
-  return read_figures(path, about(cell.config, protocol))
+  figures = read_figures(path, bench.about(cell.config))
+  if figures is None and path.exists():
+    print(
+      f'{cell.directory}: its figures are of another config, data set or protocol; it is run again.'
+    )
+  return figures
 
 
 def run_cell(cell: Cell, workdir: pathlib.Path, mesh, shared, bench: 'Bench') -> dict:
@@ -139,7 +144,7 @@ def run_cell(cell: Cell, workdir: pathlib.Path, mesh, shared, bench: 'Bench') ->
   metrics = directory / 'diffusion' / 'metrics.jsonl'
   figures['cost'] = {'training_s': training_seconds(metrics), 'evaluation_s': evaluation_s}
   figures['probe'] = read_probe(metrics)
-  figures['about'] = about(cell.config, bench.protocol)
+  figures['about'] = bench.about(cell.config)
   write_json(directory / 'figures.json', figures)
   jax.clear_caches()  # each cell compiles networks of its own
   return figures
@@ -148,21 +153,31 @@ def run_cell(cell: Cell, workdir: pathlib.Path, mesh, shared, bench: 'Bench') ->
 class Bench:
   """Measures models of one ablation, all with the same instruments."""
 
-  def __init__(self, config, protocol: Protocol, workdir: pathlib.Path, evaluators: dict):
+  def __init__(
+    self, config: ConfigDict, protocol: Protocol, workdir: pathlib.Path, shared: stages.Shared
+  ):
+    """Takes the ablation's config and what its cells share; loads the instruments."""
     from p2ldm.evaluation import features
     from p2ldm.models.perceptual import load_lpips
 
-    self.protocol = protocol
+    self.protocol, self._config = protocol, config.run
     self.real_path = workdir / 'shared' / 'figures.json'
-    self._about = about(config, protocol)
-    self._dataset = stages.open_data(config)
-    lpips = load_lpips()
+    self._origin = shared.cache.meta['origin']  # of the autoencoder and the data set
+    self._dataset = stages.open_data(config.run)
+    lpips, spaces = load_lpips(), []
+    if config.inception_weights:
+      spaces.append(features.inception(config.inception_weights))
+    if lpips is not None:
+      spaces.append(features.vgg())
+    else:
+      print("No FD-VGG, KD-VGG and LPIPS: pip install 'p2ldm[perceptual]' brings them.")
+    evaluators = shared.evaluators
     self._instruments = Instruments(
-      evaluators['parser'],
-      evaluators['classifier'],
-      (features.vgg(),) if lpips is not None else (),
-      lpips,
+      evaluators.get('parser'), evaluators.get('classifier'), tuple(spaces), lpips
     )
+    check_fit(self._dataset, self._instruments)
+    if spaces:  # said now, not after the first training
+      protocol.check(protocol.num_samples, num_reference(self._dataset, protocol))
 
   def figures(self, model) -> dict:
     """What `evaluate_model` says of a model directory or workdir.
@@ -170,27 +185,56 @@ class Bench:
     Photographs and their reconstructions are measured with the first model, and written aside: the
     autoencoder is the same in all.
     """
-    first = read_figures(self.real_path, self._about) is None
+    first = read_figures(self.real_path, self.about(self._config)) is None
     result = evaluate_model(
       Pipeline.from_pretrained(model), self._dataset, self.protocol, self._instruments, first
     )
     if first:
-      write_json(self.real_path, {**result.figures, 'about': self._about})
+      write_json(self.real_path, {**result.figures, 'about': self.about(self._config)})
     return result.figures
 
+  def about(self, config) -> dict:
+    """What figures stand for; others were made of another training, or in another way.
 
-def about(config: ConfigDict, protocol: Protocol) -> dict:
-  """What figures stand for: others were made by another protocol, or after another training."""
-  num_steps = {
-    name: section.training.num_steps
-    for name, section in (
-      ('autoencoder', config.autoencoder),
-      ('diffusion', config.diffusion),
-      ('parser', config.evaluators.parser),
-      ('classifier', config.evaluators.classifier),
-    )
-  }
-  return json.loads(json.dumps({'protocol': dataclasses.asdict(protocol), 'num_steps': num_steps}))
+    Args:
+      config: of a cell's run, or of the run that all cells share.
+    """
+    instruments = self._instruments
+    evaluators = {
+      e.kind: e.sha256 for e in (instruments.parser, instruments.classifier) if e is not None
+    }
+    spaces = {space.name: space.weights_sha256 for space in instruments.spaces}
+    values = {
+      'protocol': dataclasses.asdict(self.protocol),
+      'training': {key: value for key, value in flat(config.to_dict()) if counts(key)},
+      'origin': self._origin,
+      'evaluators': evaluators,
+      'spaces': spaces,
+    }
+    return json.loads(json.dumps(values))
+
+
+def counts(key: str) -> bool:
+  """Whether a dotted key of a run's config has a say in what is trained."""
+  elsewhere = (
+    'stages',
+    'evaluation',
+    'probe',
+    'autoencoder',
+    'evaluators',
+    'latents',
+  )  # see `origin`
+  budget = key.startswith('diffusion.training.') and not key.endswith('_every')
+  return budget or not (is_free(key) or key.split('.')[0] in elsewhere)
+
+
+def flat(values: dict, prefix: str = '') -> Iterator[tuple[str, object]]:
+  """Dotted keys and values of nested dicts."""
+  for key, value in values.items():
+    if isinstance(value, dict):
+      yield from flat(value, f'{prefix}{key}.')
+    else:
+      yield f'{prefix}{key}', value
 
 
 def read_figures(path: pathlib.Path, wanted: dict) -> dict | None:

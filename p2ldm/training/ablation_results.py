@@ -8,20 +8,37 @@ import numpy as np
 from p2ldm.evaluation import plots
 from p2ldm.training.ablation import Cell, write_json
 
-# Columns of the tables: title, where the figure stands, digits, which condition it is about.
+# Columns of the tables: title, where the figure stands, digits, which condition it is about. A column
+# that no cell has a figure for is left out.
+_SAMPLES = ('sets', 'samples')
 COLUMNS = (
-  ('mIoU', ('sets', 'samples', 'mask', 'miou_present'), 3, 'mask'),
-  ('pixel accuracy', ('sets', 'samples', 'mask', 'pixel_accuracy'), 3, 'mask'),
-  ('attributes, balanced accuracy', ('sets', 'samples', 'attributes', 'balanced_accuracy'), 3,
-   'attributes'),
-  ('KD-VGG', ('sets', 'samples', 'distances', 'vgg', 'KD-VGG', 'value'), 3, None),
-  ('precision', ('sets', 'samples', 'distances', 'vgg', 'precision and recall', 'precision'), 3, None),
-  ('recall', ('sets', 'samples', 'distances', 'vgg', 'precision and recall', 'recall'), 3, None),
+  ('mIoU, classes present', (*_SAMPLES, 'mask', 'miou_present'), 3, 'mask'),
+  ('pixel accuracy', (*_SAMPLES, 'mask', 'pixel_accuracy'), 3, 'mask'),
+  (
+    'attributes, balanced accuracy',
+    (*_SAMPLES, 'attributes', 'balanced_accuracy'),
+    3,
+    'attributes',
+  ),
+  *(
+    (name, (*_SAMPLES, 'distances', space, name, 'value'), digits, None)
+    for space, name, digits in (
+      ('inception', 'FID', 2),
+      ('inception', 'KID', 4),
+      ('vgg', 'FD-VGG', 2),
+      ('vgg', 'KD-VGG', 3),
+    )
+  ),
+  *(
+    (f'{name} ({title})', (*_SAMPLES, 'distances', space, 'precision and recall', name), 3, None)
+    for space, title in (('inception', 'Inception'), ('vgg', 'VGG'))
+    for name in ('precision', 'recall')
+  ),
   ('LPIPS, same condition', ('diversity', 'within', 'mean'), 3, None),
-)  # fmt: skip
-PLOTTED = COLUMNS[0], COLUMNS[2], COLUMNS[3]
+)
+PLOTTED = ('mIoU, classes present', 'attributes, balanced accuracy', 'FID', 'KD-VGG')
 # What the probe's curves are drawn of.
-PROBED = ('mask_miou', 'attribute_balanced_accuracy')
+PROBED = ('mask_miou_present', 'attribute_balanced_accuracy')
 
 
 def write(workdir: pathlib.Path, results: list[tuple[Cell, dict]], real: dict):
@@ -43,7 +60,9 @@ def write(workdir: pathlib.Path, results: list[tuple[Cell, dict]], real: dict):
   partial = workdir / 'results.md.partial'
   partial.write_text(markdown(results, real))
   partial.rename(workdir / 'results.md')
-  for title, path, _, _ in PLOTTED:
+  for title, path, _, _ in columns(results):
+    if title not in PLOTTED:
+      continue
     lines = [(name(key), *summary(found, path)) for key, found in by_cell(results)]
     figure = plots.cells(lines, title, title, ceiling=look_up(real, _of('real', path)))
     _save(figure, workdir / f'cells_{_file(title)}.png')
@@ -71,16 +90,17 @@ def markdown(results: list[tuple[Cell, dict]], real: dict) -> str:
 
 def table(results: list[tuple[Cell, dict]], real: dict) -> list[str]:
   """Markdown rows: the cells, then real faces, reconstructions, and chance."""
+  shown = columns(results)
   lines = [
-    '| cell | seeds | ' + ' | '.join(column[0] for column in COLUMNS) + ' |',
-    '| --- ' * (len(COLUMNS) + 2) + '|',
+    '| cell | seeds | ' + ' | '.join(column[0] for column in shown) + ' |',
+    '| --- ' * (len(shown) + 2) + '|',
   ]
   for key, found in by_cell(results):
     cell = found[0][0]
     values = [
       _mean_and_spread(*summary(found, path)[:2], digits)
       + ('' if condition is None or takes(cell, condition) else ' (not given)')
-      for _, path, digits, condition in COLUMNS
+      for _, path, digits, condition in shown
     ]
     diverged = sum('diverged' in figures for _, figures in found)
     seeds = f'{len(found)}' + (f', {diverged} diverged' if diverged else '')
@@ -88,12 +108,12 @@ def table(results: list[tuple[Cell, dict]], real: dict) -> list[str]:
   for which, title in (('real', '*real photographs*'), ('reconstructions', '*reconstructions*')):
     values = [
       _mean_and_spread(look_up(real, _of(which, path)), None, digits)
-      for _, path, digits, _ in COLUMNS
+      for _, path, digits, _ in shown
     ]
     lines.append(f'| {title} | | ' + ' | '.join(values) + ' |')
   values = [
     _mean_and_spread(*summary(results, _asked_of_others(path))[:2], digits) if condition else '-'
-    for _, path, digits, condition in COLUMNS
+    for _, path, digits, condition in shown
   ]
   lines.append('| *samples of all cells, asked of other faces* | | ' + ' | '.join(values) + ' |')
   return lines
@@ -104,12 +124,12 @@ def levelled(results: list[tuple[Cell, dict]]) -> list[str]:
   lines = ['| cell | probe | a third | two thirds | end |', '| --- ' * 5 + '|']
   for key, found in by_cell(results):
     for figure in PROBED:
-      curves = [f['probe'][figure] for _, f in found if figure in f.get('probe', {})]
+      curves = finished_curves(found, figure)
       if not curves:
         continue
       curves = [{int(step): value for step, value in curve.items()} for curve in curves]
-      last = max(curves[0])
-      steps = [min(curves[0], key=lambda s: abs(s - last * part)) for part in (1 / 3, 2 / 3, 1)]
+      last, shared = max(curves[0]), set.intersection(*map(set, curves))
+      steps = [min(shared, key=lambda s: abs(s - last * part)) for part in (1 / 3, 2 / 3, 1)]
       values = [np.mean([curve[step] for curve in curves]) for step in steps]
       cells = ' | '.join(
         f'{value:.3f} (step {s:,})' for value, s in zip(values, steps, strict=True)
@@ -146,6 +166,11 @@ def how(results: list[tuple[Cell, dict]], real: dict) -> list[str]:
       text = about.get('protocol', 'trained on the same data set')
       lines.append(f'- {instrument}: {text}; weights SHA-256 {digest[:12]}.')
   return lines
+
+
+def columns(results) -> list[tuple]:
+  """The columns that some cell has a figure for."""
+  return [column for column in COLUMNS if summary(results, column[1])[2]]
 
 
 def by_cell(results: Iterable[tuple[Cell, dict]]) -> list[tuple[tuple, list]]:
@@ -185,11 +210,16 @@ def summary(found, path) -> tuple[float | None, float | None, list[float]]:
   return float(np.mean(values)), spread, values
 
 
+def finished_curves(found, figure: str) -> list[dict]:
+  """What the probe said of a figure, {step: value}, for each seed that did not diverge."""
+  return [f['probe'][figure] for _, f in found if 'diverged' not in f and figure in f['probe']]
+
+
 def probe_curves(results, figure: str) -> dict[str, dict[int, tuple[float, float | None]]]:
   """{cell: {step: (mean, spread over the seeds)}} of one of the probe's figures."""
   series = {}
   for key, found in by_cell(results):
-    curves = [f['probe'][figure] for _, f in found if figure in f.get('probe', {})]
+    curves = finished_curves(found, figure)
     steps = set.intersection(*(set(curve) for curve in curves)) if curves else ()
     points = {}
     for step in sorted(steps, key=int):

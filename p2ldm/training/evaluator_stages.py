@@ -13,12 +13,18 @@ from p2ldm.data.prepared import PreparedDataset, labelled
 from p2ldm.errors import UserError
 from p2ldm.evaluation.ceilings import headline, measure_ceiling
 from p2ldm.evaluation.evaluators import Evaluator, make_evaluator
-from p2ldm.interop import evaluator_directory
+from p2ldm.interop import evaluator_directory, weights
 from p2ldm.interop.evaluator_directory import EvaluatorParts
+from p2ldm.models.evaluators import AttributeClassifier, FaceParser
 from p2ldm.training import loop
 from p2ldm.training.workdir import check_origin
 
 LABELS = {'parser': 'mask', 'classifier': 'attributes'}
+# The network of each, and the field that the schema gives.
+EVALUATORS = {
+  'parser': (FaceParser, 'num_classes'),
+  'classifier': (AttributeClassifier, 'num_attributes'),
+}
 
 
 def run_evaluator(
@@ -37,7 +43,7 @@ def run_evaluator(
     UserError: a pretrained evaluator is of another size or schema; the workdir holds none and
       config.stages does not ask for it; the data set has no faces with the labels it takes.
   """
-  directory, training = workdir / kind, config.evaluators[kind].training
+  directory = workdir / kind
   pretrained = config.evaluators.pretrained
   if pretrained:
     parts = evaluator_directory.load(pretrained, kind)
@@ -47,8 +53,7 @@ def run_evaluator(
       if (path / 'schema.json').exists():
         evaluator.check_schema(LabelSchema.load(path / 'schema.json'), f'this run ({path})')
     return evaluator
-  exported = evaluator_directory.exported_step(directory / 'model')
-  if loop.finished(directory, training.num_steps) and exported == training.num_steps:
+  if complete(kind, config, workdir):
     print(f'{kind}: complete in {directory}')
     parts = evaluator_directory.load(directory, kind)
     return make_evaluator(parts, mesh, config.compute_dtype)
@@ -58,6 +63,44 @@ def run_evaluator(
       'config.stages, or set config.evaluators.pretrained.'
     )
   return train_evaluator(kind, config, workdir, mesh, open_data())
+
+
+def complete(kind: str, config, workdir: pathlib.Path) -> bool:
+  """Whether the workdir has this evaluator, trained to its last step and exported."""
+  directory, num_steps = workdir / kind, config.evaluators[kind].training.num_steps
+  exported = evaluator_directory.exported_step(directory / 'model')
+  return loop.finished(directory, num_steps) and exported == num_steps
+
+
+def check_labels(kind: str, config, workdir: pathlib.Path, open_data):
+  """Raises `UserError` if the evaluator is to be trained and no face has the labels it learns.
+
+  Arguments as of `run_evaluator`.
+  """
+  if complete(kind, config, workdir):
+    return
+  dataset = open_data()
+  for split in (config.data.train_split, config.data.validation_split):
+    if not dataset.report['splits'][split][f'with_{LABELS[kind]}']:
+      raise no_labels(kind, dataset, split)
+
+
+def check_size(kind: str, config):
+  """Raises `UserError` unless the network of config.evaluators can take images of the run's size."""
+  model, outputs = EVALUATORS[kind]
+  fields = {**config.evaluators[kind].model.to_dict(), outputs: 1}
+  source = f'config.evaluators.{kind}.model, with data.image_size = {config.data.image_size},'
+  weights.evaluator_shapes(model, fields, config.data.image_size, source)
+
+
+def no_labels(kind: str, dataset: PreparedDataset, split: str) -> UserError:
+  """The error of a data set that an evaluator cannot be trained on."""
+  label = {'parser': 'a mask', 'classifier': 'attributes'}[kind]
+  return UserError(
+    f'The {kind} needs faces with {label}, and the split {split!r} of {dataset.directory} has none. '
+    f'Prepare a data set in which some have, take {kind!r} out of config.stages, or set '
+    'config.evaluators.pretrained.'
+  )
 
 
 def train_evaluator(
@@ -112,12 +155,7 @@ def labelled_examples(dataset: PreparedDataset, split: str, kind: str) -> np.nda
   """
   examples = np.flatnonzero(labelled(dataset, split)[LABELS[kind]])
   if not len(examples):
-    label = {'parser': 'a mask', 'classifier': 'attributes'}[kind]
-    raise UserError(
-      f'The {kind} needs faces with {label}, and the split {split!r} of {dataset.directory} has none. '
-      f'Prepare a data set in which some have, take {kind!r} out of config.stages, or set '
-      'config.evaluators.pretrained.'
-    )
+    raise no_labels(kind, dataset, split)
   return examples
 
 

@@ -19,7 +19,7 @@ from p2ldm.training.state import TrainState
 # The figures that are logged: of what, which, and the name.
 _FIGURES = (
   ('mask', 'pixel_accuracy', 'mask_pixel_accuracy'),
-  ('mask', 'miou_present', 'mask_miou'),
+  ('mask', 'miou_present', 'mask_miou_present'),
   ('attributes', 'accuracy', 'attribute_accuracy'),
   ('attributes', 'balanced_accuracy', 'attribute_balanced_accuracy'),
 )

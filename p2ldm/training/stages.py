@@ -29,7 +29,7 @@ from p2ldm.models.denoiser import Denoiser
 from p2ldm.models.layers import resolve_dtype
 from p2ldm.pipeline import Pipeline
 from p2ldm.training import diffusion_task, loop
-from p2ldm.training.evaluator_stages import run_evaluator
+from p2ldm.training.evaluator_stages import check_labels, check_size, run_evaluator
 from p2ldm.training.pictures import SampleGrid
 from p2ldm.training.probe import Probe
 from p2ldm.training.workdir import check_origin, open_workdir
@@ -108,10 +108,13 @@ def validate(config, mesh):
   pretrained = config.autoencoder.pretrained
   if pretrained:
     model_directory.find(autoencoder_directory(pretrained))
-  if config.evaluators.pretrained:
-    for kind in EVALUATORS:
-      if kind in config.stages:
-        evaluator_directory.find(config.evaluators.pretrained, kind)
+  spaced_timesteps(schedule.num_timesteps, config.probe.steps)
+  pretrained = config.evaluators.pretrained
+  if pretrained and not any(evaluator_directory.exists(pretrained, kind) for kind in EVALUATORS):
+    evaluator_directory.find(pretrained, 'parser')  # says what is missing
+  for kind in EVALUATORS:
+    if kind in config.stages and not pretrained:
+      check_size(kind, config)
 
 
 def noise_schedule(config) -> Schedule:
@@ -146,11 +149,16 @@ def open_data(config):
 
 def run_evaluators(config, workdir, mesh) -> dict[str, Evaluator]:
   """Loads or trains the parser and the classifier that the stages or the probe ask for, by kind."""
-  kinds = EVALUATORS if config.evaluators.pretrained and config.probe.every else config.stages
+  pretrained = config.evaluators.pretrained
+  kinds = [kind for kind in EVALUATORS if kind in config.stages]
+  if pretrained and config.probe.every:
+    kinds = [kind for kind in EVALUATORS if evaluator_directory.exists(pretrained, kind)]
+  elif not pretrained:
+    for kind in kinds:  # said of all before the first of them is trained
+      check_labels(kind, config, workdir, functools.partial(open_data, config))
   return {
     kind: run_evaluator(kind, config, workdir, mesh, functools.partial(open_data, config))
-    for kind in EVALUATORS
-    if kind in kinds
+    for kind in kinds
   }
 
 
