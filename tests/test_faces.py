@@ -195,6 +195,19 @@ def test_images_of_mixed_sizes_are_refused(tmp_path):
   assert_refused(lambda: read(tmp_path), r'b\.png is 24 x 24 pixels.* must be 16 x 16')
 
 
+def test_files_are_looked_at_before_anything_is_measured(tmp_path):
+  save(tmp_path / 'a.png', 0)
+  files = [tmp_path / 'a.png', tmp_path / 'b.png']
+  save(files[1], 0)
+  faces.check_files(files, SIZE)
+  save(files[1], 0, size=24)
+  assert_refused(lambda: faces.check_files(files, SIZE), r'b\.png is 24 x 24 .* must be 16 x 16')
+  files[1].write_bytes(files[0].read_bytes()[:20])
+  assert_refused(lambda: faces.check_files(files, SIZE), r'b\.png is not a readable image')
+  files[1].write_text('no image')
+  assert_refused(lambda: faces.check_files(files, SIZE), r'b\.png is not a readable image')
+
+
 def test_a_truncated_image_is_refused(tmp_path):
   save(tmp_path / 'a.png', 0)
   noise = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
@@ -222,6 +235,33 @@ def test_images_named_after_faces_have_their_conditions(dataset, validation, tmp
 def test_names_that_end_in_a_number_are_themselves_first(tmp_path):
   files = [tmp_path / name for name in ('a_1.png', 'a_1_1.png', 'a_2.png')]
   assert faces.match_names(files, ['a', 'a_1']).tolist() == [1, 1, 0]
+
+
+@pytest.mark.parametrize(
+  ('file', 'name'),
+  [
+    ('27000', '27000'),
+    ('00017', '17'),
+    ('17', '17'),
+    ('00017_0', '17'),
+    ('17_003', '17'),
+    ('0', '0'),
+    ('00000', '0'),
+    ('003', '003'),  # 3 and 003 are two faces
+    ('3', '3'),
+    ('1_7', '1_7'),
+    ('01_7', '1'),
+    ('0003', None),
+    ('170', None),
+    ('face_17', None),
+    ('\u0661\u0667', None),  # 17 in Arabic digits
+    ('-17', None),
+  ],
+)
+def test_numbers_may_have_zeros_before_them(file, name, tmp_path):
+  names = ['27000', '17', '0', '3', '003', '1_7', '1', 'a']
+  found = faces.match_names([tmp_path / f'{file}.png'], names)
+  assert (None if found is None else names[found[0]]) == name
 
 
 def test_names_of_which_some_match_are_refused(tmp_path):

@@ -11,7 +11,14 @@ from tiny_model import SCHEMA
 from p2ldm.errors import UserError
 from p2ldm.evaluation import adherence, diversity
 from p2ldm.evaluation.faces import Faces, concatenate
-from p2ldm.evaluation.meters import Adherence, Features, FirstSamples, OwnMetric, SampleDiversity
+from p2ldm.evaluation.meters import (
+  Adherence,
+  Features,
+  FirstSamples,
+  OwnMetric,
+  SampleDiversity,
+  few_masks,
+)
 
 NAMES = ['a', 'a', 'a', 'b', 'c', 'c', 'a', 'd', 'd']
 
@@ -278,4 +285,25 @@ def test_counts_come_from_adherence():
   """The names of figures that reports rely on."""
   figures = measure(make_faces()).figures()
   assert set(figures) == {'num', 'mask', 'attributes', 'other_conditions'}
-  assert set(adherence.mask_figures(np.eye(3, dtype=np.int64), SCHEMA)) == set(figures['mask'])
+  counted = adherence.mask_figures(np.eye(3, dtype=np.int64), SCHEMA)
+  assert set(counted) | {'images', 'faces'} == set(figures['mask'])
+
+
+@pytest.mark.parametrize('batch_size', [1, 2, 100])
+def test_images_and_faces_that_have_a_condition_are_counted(batch_size):
+  faces = make_faces()  # a a a b c c a d d
+  names = np.array(NAMES)
+  faces.mask[np.isin(names, ['a', 'd'])] = 255
+  faces.mask[:, 0, 0] = np.where(names == 'd', 1, faces.mask[:, 0, 0])  # one pixel is enough
+  faces.attributes[names == 'c'] = 0
+  faces.attributes[names == 'b'] = (0, -1, 0)
+  figures = measure(faces, batch_size).figures()
+  assert (figures['mask']['images'], figures['mask']['faces']) == (5, 3)
+  assert (figures['attributes']['images'], figures['attributes']['faces']) == (7, 3)
+
+
+def test_few_masks_are_said():
+  assert few_masks(0, 512) is few_masks(50, 512) is None
+  for count in (1, 49):
+    assert f'Only {count} of 512 faces have a mask' in few_masks(count, 512)
+  assert '--with_mask_only' in few_masks(15, 512)

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 import tiny_evaluation
@@ -11,7 +12,7 @@ import tiny_model
 from PIL import Image
 
 from p2ldm.errors import UserError
-from p2ldm.evaluation import adherence, plots, report, tables
+from p2ldm.evaluation import adherence, machine, plots, report, tables
 from p2ldm.evaluation.evaluation import Result
 from p2ldm.evaluation.faces import Faces
 
@@ -45,15 +46,17 @@ def of_set(seed, num):
         'attributes': adherence.attribute_figures(counts, SCHEMA),
       }
     )
+  for i, kind in enumerate(('mask', 'attributes')):
+    found[0][kind] |= {'images': num - i, 'faces': num // 2 - i}
   return {'num': num, **found[0], 'other_conditions': found[1]}
 
 
-def distances(value, forced=None, frechet='FD-VGG', kernel='KD-VGG'):
-  about = {'num_real': 40, 'num_fake': 30}
+def distances(value, forced=None, frechet='FD-VGG', kernel='KD-VGG', num=30):
+  about = {'num_real': 40, 'num_fake': num}
   return {
     frechet: {'value': value, 'spread': None, 'forced': forced, **about},
     kernel: {'value': value / 1000, 'spread': value / 30000, 'forced': None, **about},
-    'precision and recall': {'precision': 0.8125, 'recall': 0.4375, 'num': 30},
+    'precision and recall': {'precision': 0.8125, 'recall': 0.4375, 'num': num},
   }
 
 
@@ -71,7 +74,7 @@ def result():
   """Everything that an evaluation can give; fresh for each test."""
   sets = {'real': of_set(0, 40), 'reconstructions': of_set(1, 40), 'samples': of_set(2, 30)}
   for i, found in enumerate(sets.values()):
-    found['distances'] = {'vgg': distances(12.5 + 10 * i)}
+    found['distances'] = {'vgg': distances(12.5 + 10 * i, num=70 - i)}
     found['metrics'] = {'brightness': {'mean': 120.5 + i, 'std': 10.0, 'num': 29}}
   figures = {
     'protocol': dataclasses.asdict(tiny_evaluation.protocol(metrics={'brightness': 'mine:mean'})),
@@ -102,6 +105,25 @@ def result():
 def write(out, result, subject=MODEL, overwrite=False):
   report.write_report(out, result, SCHEMA, subject, overwrite)
   return (out / 'report.md').read_text(), json.loads((out / 'report.json').read_text())
+
+
+def test_warnings_stand_on_top(tmp_path, result):
+  result.figures['warnings'] = ['These faces are not held out.']
+  assert 'These faces are not held out.' in write(tmp_path / 'out', result)[0].split('\n## ')[0]
+
+
+def test_reports_say_what_computed_them(tmp_path, result):
+  computed = machine.machine('bfloat16')
+  assert computed == {
+    'device': jax.devices()[0].device_kind,
+    'number_of_devices': len(jax.devices()),
+    'compute_dtype': 'bfloat16',
+  }
+  report.write_report(tmp_path / 'out', result, SCHEMA, MODEL, False, computed)
+  assert json.loads((tmp_path / 'out/report.json').read_text())['machine'] == computed
+  made = rows((tmp_path / 'out/report.md').read_text(), 'How these figures were made')
+  assert made['compute dtype'] == ['bfloat16']
+  assert made['number of devices'] == [str(len(jax.devices()))]
 
 
 def rows(text, section=None):
@@ -147,6 +169,10 @@ def test_headline_has_every_set_the_share_of_the_ceiling_and_chance(tmp_path, re
     'real (ceiling)', 'reconstructions', 'samples', 'samples / ceiling', 'asked of others',
   ]  # fmt: skip
   assert found['images'] == ['40', '40', '30', '-', '-']
+  assert found['images with a mask'] == ['40', '40', '30', '-', '-']
+  assert found['faces with a mask'] == ['20', '20', '15', '-', '-']
+  assert found['images with attributes'] == ['39', '39', '29', '-', '-']
+  assert found['faces with attributes'] == ['19', '19', '14', '-', '-']
   for name, part, key in (
     ('pixel accuracy', 'mask', 'pixel_accuracy'),
     ('mIoU, all classes', 'mask', 'miou'),
@@ -162,6 +188,49 @@ def test_headline_has_every_set_the_share_of_the_ceiling_and_chance(tmp_path, re
   sets['samples']['mask']['merged']['miou'] = 0.125
   text, _ = write(tmp_path / 'other', result)
   assert rows(text, 'Adherence')['mIoU, left and right merged'][2] == '0.125'
+
+
+def test_few_masks_are_said(tmp_path, result):
+  text, _ = write(tmp_path / 'few', result)
+  adherence_section = text.split('\n## Adherence\n')[1].split('\n## ')[0]
+  assert 'Only 15 of 41 faces have a mask' in adherence_section
+  assert '--with_mask_only' in adherence_section
+  result.figures['sets']['samples']['mask']['faces'] = 50
+  assert '--with_mask_only' not in write(tmp_path / 'enough', result)[0]
+
+
+@pytest.mark.parametrize('without', ['mask', 'attributes'])
+def test_a_condition_that_was_not_given_is_marked(tmp_path, result, without, monkeypatch):
+  shown, titles, finish = [], [], plots._finish
+  monkeypatch.setattr(
+    report.galleries.pictures,
+    'condition_grid',
+    lambda *a, **k: shown.append(k) or Image.new('L', (1, 1)),
+  )
+  monkeypatch.setattr(plots, '_finish', lambda f, a, t, x: titles.append(t) or finish(f, a, t, x))
+  result.figures['takes'] = {'mask': True, 'attributes': True, without: False}
+  text, found = write(tmp_path / 'out', result)
+  kinds = {'pixel accuracy': 'mask', 'mIoU, classes present': 'mask'}
+  kinds |= {'attribute accuracy': 'attributes', 'attribute balanced accuracy': 'attributes'}
+  rows_found, plain = rows(text, 'Adherence'), rows(write(tmp_path / 'all', Result(
+    {**result.figures, 'takes': None}, result.grid, result.worst))[0], 'Adherence')  # fmt: skip
+  for name, kind in kinds.items():
+    if kind == without:
+      marked = rows_found[f'{name} (not given to the model)']
+      assert marked[3] == '-' and marked[:3] + marked[4:] == plain[name][:3] + plain[name][4:]
+    else:
+      assert rows_found[name] == plain[name] and '%' in plain[name][3]
+  tables_found = {'mask': 'IoU of each class', 'attributes': 'Each attribute'}
+  for kind, section in tables_found.items():
+    part = text.split(f'\n## {section}\n')[1].split('\n## ')[0]
+    assert ('(not given to the model)' in part) == (kind == without)
+    assert (' % |' in part) == (kind != without)
+  picture = {'mask': 'worst_masks.png', 'attributes': 'worst_attributes.png'}[without]
+  assert set(found['pictures']) == PICTURES - {picture}
+  assert [name for name in ('attributes', 'masks') if shown[0][name] is None] == [
+    {'mask': 'masks'}.get(without, without)
+  ]
+  assert ['not given' in title for title in titles[:2]] == [without == 'mask', without != 'mask']
 
 
 def test_classes_and_attributes_each_have_a_row(tmp_path, result):
@@ -188,11 +257,11 @@ def test_distances_stand_with_spread_numbers_and_reference(tmp_path, result):
   found = rows(text, 'Distances')
   assert found['FD-VGG'] == ['12.50', '22.50', '32.50']
   assert found['KD-VGG'] == ['0.01250 ± 0.00042', '0.02250 ± 0.00075', '0.0325 ± 0.0011']
-  assert found['images'] == ['40', '40', '30']
+  assert found['images'] == ['70', '69', '68']  # of the distances, not of the adherence
   assert found['precision'] == ['0.812'] * 3
   assert found['recall'] == ['0.438'] * 3
   assert '27,001 real photographs of the split `train`' in text
-  assert rows(text, 'Autoencoder')['rFD-VGG'] == ['22.50', '30']
+  assert rows(text, 'Autoencoder')['rFD-VGG'] == ['22.50', '69']
   assert 'forced' not in text and 'refused' not in text and 'Note' not in text
   assert 'FID' not in text and 'KID' not in text
 
@@ -422,12 +491,34 @@ def test_files_and_empty_folders(tmp_path, result):
   (tmp_path / 'file').write_text('x')
   with pytest.raises(UserError, match='is a file'):
     report.check_out(tmp_path / 'file', True)
+  with pytest.raises(UserError, match='file takes no files'):
+    report.check_out(tmp_path / 'file' / 'below' / 'out', True)
   (tmp_path / 'empty').mkdir()
   report.check_out(tmp_path / 'empty', False)
   write(tmp_path / 'empty', result)
   write(tmp_path / 'new/deep', result)
   assert files(tmp_path / 'empty').keys() == files(tmp_path / 'new/deep').keys()
   assert (tmp_path / 'new/deep').stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize('exists', [False, True])
+def test_a_folder_that_cannot_be_written_is_found_out_first(tmp_path, monkeypatch, exists):
+  out = tmp_path / 'out'
+  if exists:
+    out.mkdir()
+  refused, make = (out if exists else tmp_path), report.tempfile.mkdtemp
+
+  def mkdtemp(prefix, dir):
+    if dir == refused:
+      raise OSError(30, 'Read-only file system')
+    return make(prefix=prefix, dir=dir)
+
+  monkeypatch.setattr(report.tempfile, 'mkdtemp', mkdtemp)
+  with pytest.raises(UserError, match=f'Cannot write .*{refused.name} takes no files .Read-only'):
+    report.check_out(out, False)
+  monkeypatch.undo()
+  report.check_out(out, False)
+  assert list(tmp_path.rglob('*')) == [out] * exists
 
 
 def test_where_there_is_json_the_report_is_complete(tmp_path, result, monkeypatch):
@@ -465,6 +556,11 @@ def write_robustness(out, models, monkeypatch=None):
     'protocol': dataclasses.asdict(tiny_evaluation.PROTOCOL),
     'data': {'fingerprint': 'x', 'split_scheme': 'last3000', 'num_reference': 7},
     'instruments': {'parser': {'sha256': 'a' * 64}},
+    'machine': {'compute_dtype': 'float32'},
+    'subjects': {
+      'a': {'step': 1500, 'sha256': {'denoiser.safetensors': 'b' * 64}, 'takes': {'mask': False}},
+      'b': {'step': 700, 'takes': {'mask': True}},
+    },
   }
   real = level(9.0)
   report.write_robustness(out, models, real, about, FIGURES, True)
@@ -488,7 +584,12 @@ def test_robustness(tmp_path, monkeypatch):
   section = rows(text, 'Mask shifted')
   assert section['mIoU'] == section['KD-VGG'] == ['0', '0.1']
   assert section['a'] == ['4.00 ± 0.50', '5.00 ± 0.50 **forced** (note 1)']  # the latter table
-  assert '| a | 0.400 | 0.500 |' in text
+  assert '| a (not given to the model) | 0.400 | 0.500 |' in text
+  assert '| b | 0.200 | 0.300 |' in text
+  made = rows(text, 'How these figures were made')
+  assert (made['a: step'], made['b: step']) == (['1,500'], ['700'])
+  assert made['a: denoiser.safetensors'] == ['SHA-256 bbbbbbbbbbbb']
+  assert made['compute dtype'] == ['float32']
   assert f'- Note 1: {FORCED}' in text
   assert rows(text, 'Attributes flipped')['a'] == ['4.00 ± 0.50']  # no column of nothing
   assert 'KID' not in text

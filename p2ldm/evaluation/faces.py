@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from PIL import Image
 
 from p2ldm import pictures
 from p2ldm.data.image_files import IMAGE_SUFFIXES, read_image
@@ -16,6 +17,8 @@ from p2ldm.data.prepared import PreparedDataset, labelled, ordered_batches
 from p2ldm.errors import UserError
 from p2ldm.evaluation.protocol import Protocol
 from p2ldm.pipeline import Pipeline
+
+_NUMBER = re.compile('[0-9]{1,18}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +166,8 @@ def folder_files(directory) -> list[pathlib.Path]:
 def match_names(files: list[pathlib.Path], names: list[str]) -> np.ndarray | None:
   """Which face each image was drawn for: NAME.png, or NAME_0.png, NAME_1.png, ...
 
+  A name that is a number may have zeros before it: 00017.png and 00017_0.png are of face 17.
+
   Returns:
     (N,) int64 positions in `names`, or None if no file is named after a face.
 
@@ -170,10 +175,17 @@ def match_names(files: list[pathlib.Path], names: list[str]) -> np.ndarray | Non
     UserError: some files are named after a face and some are not.
   """
   position = {name: i for i, name in enumerate(names)}
-  found = []
-  for path in files:
-    stem = path.stem if path.stem in position else re.sub(r'_\d+$', '', path.stem)
-    found.append(position.get(stem, -1))
+  numbers = collections.Counter(int(name) for name in names if _NUMBER.fullmatch(name))
+  # Names that are the same number, as 17 and 017, stand for themselves alone.
+  number = {int(n): i for n, i in position.items() if _NUMBER.fullmatch(n) and numbers[int(n)] == 1}
+
+  def find(stem: str) -> int:
+    stems = (stem, re.sub(r'_[0-9]+$', '', stem))
+    found = [position[s] for s in stems if s in position]
+    found += [number[int(s)] for s in stems if _NUMBER.fullmatch(s) and int(s) in number]
+    return found[0] if found else -1
+
+  found = [find(path.stem) for path in files]
   missing = [path for path, index in zip(files, found, strict=True) if index < 0]
   if len(missing) == len(files):
     return None
@@ -181,9 +193,36 @@ def match_names(files: list[pathlib.Path], names: list[str]) -> np.ndarray | Non
     raise UserError(
       f'{len(files) - len(missing)} of {len(files)} images are named after a face of the split, and '
       f'{missing[0].name} is not. Name all of them NAME.png or NAME_0.png, NAME_1.png, ..., so that it is '
-      'known what each was to show, or none, and only distances are computed.'
+      'known what each was to show, or none (numbers are names, too), and only distances are computed.'
     )
   return np.array(found, np.int64)
+
+
+def check_files(files: list[pathlib.Path], image_size: int):
+  """Looks at the head of every file, so that the last one is not found wanting after hours.
+
+  Raises:
+    UserError: one is no image, or is not image_size x image_size.
+  """
+  for path in files:
+    try:
+      with Image.open(path) as image:
+        size = image.size
+    # Pillow raises many types on broken files.
+    except Exception as error:
+      raise UserError(
+        f'{path} is not a readable image ({error}). Copy it again, or remove it.'
+      ) from error
+    _check_size(path, size, image_size)
+
+
+def _check_size(path: pathlib.Path, size: tuple[int, int], image_size: int):
+  if size != (image_size, image_size):
+    raise UserError(
+      f'{path} is {size[0]} x {size[1]} pixels, and all images must be {image_size} x {image_size} as '
+      'the data set is: resizing would change every figure. Resize them yourself, or give a data set '
+      'prepared at their size.'
+    )
 
 
 def folder_faces(
@@ -201,12 +240,7 @@ def folder_faces(
   batch = collections.deque()
   for path in files:
     image = np.asarray(read_image(path))
-    if image.shape[:2] != (image_size, image_size):
-      raise UserError(
-        f'{path} is {image.shape[1]} x {image.shape[0]} pixels, and all images must be {image_size} x '
-        f'{image_size} as the data set is: resizing would change every figure. Resize them yourself, or '
-        'give a data set prepared at their size.'
-      )
+    _check_size(path, image.shape[1::-1], image_size)
     if conditions is None:
       nothing = np.zeros((1, schema.num_attributes), np.int8)
       mask = np.full((1, image_size, image_size), UNSPECIFIED, np.uint8)

@@ -18,12 +18,18 @@ _LINE, _CHARACTERS = 0.165, 44  # inches; of the text beside a face
 _FEW = 6  # absent attributes that are listed; more are counted
 
 
-def samples_grid(grid: Sequence[tuple[Faces, Faces]], schema: LabelSchema) -> Image.Image | None:
+def samples_grid(
+  grid: Sequence[tuple[Faces, Faces]],
+  schema: LabelSchema,
+  attributes: bool = True,
+  mask: bool = True,
+) -> Image.Image | None:
   """The real face, its mask and attributes, and the samples drawn from them, a row a condition.
 
   Args:
     grid: of `evaluation.Result`.
     schema: of the conditions.
+    attributes, mask: whether the model was given them; they are shown only then.
 
   Returns:
     The picture, None for an empty grid. A condition with fewer samples than others has white places.
@@ -36,13 +42,13 @@ def samples_grid(grid: Sequence[tuple[Faces, Faces]], schema: LabelSchema) -> Im
     np.pad(drawn.images, [(0, count - len(drawn)), (0, 0), (0, 0), (0, 0)], constant_values=255)
     for _, drawn in grid
   ]
-  attributes = np.concatenate([faces.attributes for faces in real])
+  labels = np.concatenate([faces.attributes for faces in real])
   masks = np.concatenate([faces.mask for faces in real])
   return pictures.condition_grid(
     np.stack(samples),
     schema,
-    attributes=attributes if attributes.any() else None,
-    masks=masks if (masks != UNSPECIFIED).any() else None,
+    attributes=labels if attributes and labels.any() else None,
+    masks=masks if mask and (masks != UNSPECIFIED).any() else None,
     reference=np.concatenate([faces.images for faces in real]),
   )
 

@@ -6,13 +6,30 @@ from collections.abc import Callable
 
 import numpy as np
 
-from p2ldm.data.labels import LabelSchema
+from p2ldm.data.labels import UNSPECIFIED, LabelSchema
 from p2ldm.errors import UserError
 from p2ldm.evaluation import adherence
 from p2ldm.evaluation.diversity import PairwiseDiversity
 from p2ldm.evaluation.evaluators import Classifier, Parser
 from p2ldm.evaluation.faces import Faces, concatenate
 from p2ldm.evaluation.features import FeatureSpace
+
+MIN_MASKS = 50  # faces; fewer say little about masks
+
+
+def few_masks(num_faces: int, num_images: int) -> str | None:
+  """What to say where few faces have a mask, None where there are enough or none at all.
+
+  Args:
+    num_faces: different faces with a mask, of those whose conditions are taken.
+    num_images: how many faces that is out of.
+  """
+  if not 0 < num_faces < MIN_MASKS:
+    return None
+  return (
+    f'Only {num_faces} of {num_images:,} faces have a mask, so that the figures of masks rest on few; '
+    '--with_mask_only takes the conditions of faces that have one.'
+  )
 
 
 class Adherence:
@@ -36,6 +53,7 @@ class Adherence:
     shape = (schema.num_attributes, 4)
     self._counts, self._other_counts = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     self._num_worst, self._seen = num_worst, 0
+    self._with = {'mask': [0, set()], 'attributes': [0, set()]}  # images, names of their faces
     self._last_two = None  # the last rows of the two latest conditions
     self._worst = {'mask': [], 'attributes': []}  # heaps of (-score, order, faces, what was found)
 
@@ -49,23 +67,33 @@ class Adherence:
       classes = self._schema.num_classes
       self._confusion += adherence.confusion(faces.mask, parsed, classes)
       self._other_confusion += adherence.confusion(of_other.mask, parsed[has_other], classes)
-      self._keep_worst('mask', faces, faces.mask != 255, faces.mask == parsed, parsed)
+      self._keep_worst('mask', faces, faces.mask != UNSPECIFIED, faces.mask == parsed, parsed)
     if self._classifier:
       found = self._classifier.predict(faces.images)
       self._counts += adherence.attribute_counts(faces.attributes, found)
       self._other_counts += adherence.attribute_counts(of_other.attributes, found[has_other])
       self._keep_worst('attributes', faces, faces.attributes != 0, faces.attributes == found, found)
+    self._count('mask', faces, faces.mask != UNSPECIFIED)
+    self._count('attributes', faces, faces.attributes != 0)
     self._seen += len(faces)
 
   def figures(self) -> dict:
-    """{'mask': ..., 'attributes': ...} as of `adherence`, and the same under 'other_conditions'."""
+    """{'mask': ..., 'attributes': ...} as of `adherence`, and the same under 'other_conditions'.
+
+    Both say besides how many 'images' have the condition, and of how many different 'faces'.
+    """
     figures = {'num': self._seen}
     others = {}
+    counts = {
+      kind: {'images': images, 'faces': len(names)} for kind, (images, names) in self._with.items()
+    }
     if self._parser:
-      figures['mask'] = adherence.mask_figures(self._confusion, self._schema)
+      mask = adherence.mask_figures(self._confusion, self._schema)
+      figures['mask'] = {**counts['mask'], **mask}
       others['mask'] = adherence.mask_figures(self._other_confusion, self._schema)
     if self._classifier:
-      figures['attributes'] = adherence.attribute_figures(self._counts, self._schema)
+      attributes = adherence.attribute_figures(self._counts, self._schema)
+      figures['attributes'] = {**counts['attributes'], **attributes}
       others['attributes'] = adherence.attribute_figures(self._other_counts, self._schema)
     return {**figures, 'other_conditions': others}
 
@@ -87,6 +115,12 @@ class Adherence:
     if len(known):
       self._last_two = known.rows(np.unique([max(others[-1], 0), len(known) - 1]))
     return known, others[len(known) - len(faces) :]
+
+  def _count(self, kind: str, faces: Faces, specified: np.ndarray):
+    """Counts the images for which anything is specified, and the faces that they were drawn for."""
+    names = faces.names[specified.reshape(len(faces), -1).any(axis=1)]
+    self._with[kind][0] += len(names)
+    self._with[kind][1].update(names)
 
   def _keep_worst(self, kind, faces, specified, right, found):
     if not self._num_worst:

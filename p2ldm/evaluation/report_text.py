@@ -5,7 +5,18 @@ It shows what was measured and nothing else: a part that is missing leaves out i
 
 from collections.abc import Sequence
 
-from p2ldm.evaluation.tables import Notes, cell, distance, get, measured, percent, table
+from p2ldm.evaluation.made_text import made
+from p2ldm.evaluation.meters import few_masks
+from p2ldm.evaluation.tables import (
+  NOT_GIVEN,
+  Notes,
+  cell,
+  distance,
+  get,
+  measured,
+  percent,
+  table,
+)
 
 _SETS = ('real', 'reconstructions', 'samples')
 _COLUMNS = ('real (ceiling)', 'reconstructions', 'samples', 'samples / ceiling', 'asked of others')
@@ -40,15 +51,15 @@ def markdown(report: dict, pictures: Sequence[tuple[str, str]]) -> str:
   sections = [
     f'# Evaluation of {cell(get(report, "subject", "path"))}',
     _about(report, notes),
-    _section('Adherence', _headline(sets), _GUIDE),
+    _section('Adherence', _headline(report), _GUIDE, _warning(report)),
     _section('Distances', distances, _DISTANCE_GUIDE if distances else '', notes.lines()),
     _section('Diversity', _diversity(report)),
     _section('Autoencoder', autoencoder),
     _section('Metrics of your own', _own_metrics(sets)),
     _section('Pictures', *(f'![{title}]({name})' for name, title in pictures)),
-    _section('IoU of each class', _classes(sets)),
-    _section('Each attribute', _attributes(sets)),
-    _section('How these figures were made', table(('', ''), _made(report)).replace('---:', '---')),
+    _section('IoU of each class', _classes(report)),
+    _section('Each attribute', _attributes(report)),
+    _section('How these figures were made', made(report)),
   ]
   return '\n\n'.join(filter(None, sections)) + '\n'
 
@@ -64,6 +75,7 @@ def _about(report: dict, notes: Notes) -> str:
     lines.append(
       '**Some figures are marked *forced* or *refused*; the notes below Distances say why.**'
     )
+  lines += report.get('warnings') or []
   if get(report, 'data', 'embedded'):
     lines.append(
       "The faces are the project's own drawings, not photographs; the tables call them real."
@@ -80,19 +92,45 @@ def _is_asked(report: dict) -> bool:
   return bool(get(samples, 'mask', 'pixels') or get(samples, 'attributes', 'specified'))
 
 
-def _row(name: str, sets: dict, *keys: str) -> list:
+def _warning(report: dict) -> str:
+  faces = get(report, 'sets', 'samples', 'mask', 'faces') or 0
+  warning = few_masks(faces, get(report, 'data', 'conditions') or faces)
+  return f'**{warning}**' if warning else ''
+
+
+def _is_given(report: dict, kind: str) -> bool:
+  """Whether the model was given the condition, 'mask' or 'attributes'; where unknown, it was."""
+  return get(report, 'takes', kind) is not False
+
+
+def _row(name: str, report: dict, *keys: str) -> list:
   """A figure of all sets, the samples' share of the ceiling, and the chance figure."""
+  sets = report.get('sets') or {}
   real, reconstructed, samples = (get(sets, which, *keys) for which in _SETS)
   others = get(sets, 'samples', 'other_conditions', *keys)
-  return [name, real, reconstructed, samples, percent(samples, real), others]
+  share = percent(samples, real) if _is_given(report, keys[0]) else None
+  return [name, real, reconstructed, samples, share, others]
 
 
-def _headline(sets: dict) -> str:
-  rows = [_row(name, sets, *keys) for name, keys in _HEADLINE]
+def _mark(text: str, report: dict, kind: str) -> str:
+  return text if _is_given(report, kind) else f'{text} {NOT_GIVEN}'
+
+
+def _headline(report: dict) -> str:
+  sets = report.get('sets') or {}
+  rows = [_row(_mark(name, report, keys[0]), report, *keys) for name, keys in _HEADLINE]
   if all(value is None for row in rows for value in row[1:]):
     return ''
-  images = ['images', *(get(sets, which, 'num') for which in _SETS), None, None]
-  return table(('', *_COLUMNS), [images, *rows])
+  counts = [('images', ('num',))]
+  counts += [
+    (f'{what} with {condition}', (kind, what))
+    for kind, condition in (('mask', 'a mask'), ('attributes', 'attributes'))
+    for what in ('images', 'faces')
+  ]
+  numbers = [
+    [name, *(get(sets, which, *path) for which in _SETS), None, None] for name, path in counts
+  ]
+  return table(('', *_COLUMNS), [*numbers, *rows])
 
 
 def _distances(report: dict, notes: Notes) -> str:
@@ -101,7 +139,7 @@ def _distances(report: dict, notes: Notes) -> str:
   for space in spaces:
     found = {which: get(sets, which, 'distances', space) or {} for which in _SETS}
     names = dict.fromkeys(name for figures in found.values() for name in figures)
-    rows = [['images', *(get(sets, which, 'num') for which in _SETS)]]
+    rows = [['images', *(_num_measured(found[which]) for which in _SETS)]]
     for name in names:
       figures = [found[which].get(name) for which in _SETS]
       if name != 'precision and recall':
@@ -113,6 +151,11 @@ def _distances(report: dict, notes: Notes) -> str:
     title = get(report, 'instruments', space, 'title') or space
     tables.append(f'**{cell(title)}**, {_reference(report)}\n\n{table(("", *_COLUMNS[:3]), rows)}')
   return '\n\n'.join(tables)
+
+
+def _num_measured(figures: dict) -> int | None:
+  """Images of a set that its distances are of."""
+  return next((f['num_fake'] for f in figures.values() if f.get('num_fake')), None)
 
 
 def _reference(report: dict) -> str:
@@ -154,105 +197,26 @@ def _own_metrics(sets: dict) -> str:
   return table(('mean and standard deviation', *_COLUMNS[:3]), rows)
 
 
-def _classes(sets: dict) -> str:
+def _classes(report: dict) -> str:
   """Of every class, then of each pair of left and right as one class."""
-  rows, seen = [], set()
+  sets, rows, seen = report.get('sets') or {}, [], set()
   for path in (('mask', 'iou'), ('mask', 'merged', 'iou')):
     names = dict.fromkeys(name for which in _SETS for name in get(sets, which, *path) or {})
-    rows += [_row(name, sets, *path, name) for name in names if name not in seen]
+    rows += [_row(name, report, *path, name) for name in names if name not in seen]
     seen.update(names)
-  return table(('class', *_COLUMNS), rows)
+  return table((_mark('class', report, 'mask'), *_COLUMNS), rows)
 
 
-def _attributes(sets: dict) -> str:
+def _attributes(report: dict) -> str:
+  sets = report.get('sets') or {}
   path = ('attributes', 'per_attribute')
   names = dict.fromkeys(name for which in _SETS for name in get(sets, which, *path) or {})
   rows = []
   for name in names:
     asked = [get(sets, 'samples', *path, name, key) for key in ('present', 'absent')]
     accuracy = [get(sets, which, *path, name, 'accuracy') for which in ('real', 'samples')]
-    row = _row(name, sets, *path, name, 'balanced_accuracy')
+    row = _row(name, report, *path, name, 'balanced_accuracy')
     if any(asked) or any(value is not None for value in accuracy + row[1:]):
       rows.append([*row, *accuracy, *asked])
   header = (*_COLUMNS, 'accuracy: real', 'accuracy: samples', 'asked for', 'asked to be absent')
-  return table(('balanced accuracy', *header), rows)
-
-
-def _made(report: dict) -> list[list]:
-  """(what, how) of everything that, changed, would change a figure."""
-  protocol, data = report.get('protocol') or {}, report.get('data') or {}
-  rows = [
-    [f'evaluated: {_words(key)}', _short(key, value)] for key, value in report['subject'].items()
-  ]
-  rows += [
-    ['data set', data.get('directory')],
-    ['data set: fingerprint', _short('sha256', data.get('fingerprint'))],
-    ['data set: image size', data.get('image_size')],
-    ['split scheme', data.get('split_scheme')],
-    ['conditions and ceiling', _of_split(data.get('conditions'), data.get('split'))],
-    ['reference set', _of_split(data.get('num_reference'), data.get('reference_split'))],
-    ['images measured', get(report, 'sets', 'samples', 'num')],
-    ['for each condition', protocol.get('samples_per_condition')],
-    ['faces with a mask alone', protocol.get('with_mask_only')],
-  ]
-  if get(report, 'subject', 'kind') != 'images':
-    rows += [
-      [key, _plainly(protocol.get(key))] for key in ('sampler', 'steps', 'eta')
-    ] + [
-      [f'guidance: {key}', _plainly(protocol.get(f'{key}_scale'))] for key in ('attributes', 'mask')
-    ]  # fmt: skip
-  rows += [['seed', protocol.get('seed')], ['kernel distance', _kernel(protocol)]]
-  rows.append(['precision and recall: k', protocol.get('neighbours')])
-  for name, about in (report.get('instruments') or {}).items():
-    rows += _instrument(name, about)
-  rows += [
-    [f'metric: {name}', f'`{where}`'] for name, where in (protocol.get('metrics') or {}).items()
-  ]
-  rows += [
-    [f'seconds: {name}', None if value is None else f'{value:,.1f}']
-    for name, value in (report.get('seconds') or {}).items()
-  ]
-  versions = report.get('versions') or {}
-  return [
-    *rows,
-    ['versions', ', '.join(f'{name} {value}' for name, value in versions.items()) or None],
-  ]
-
-
-def _instrument(name: str, about: dict) -> list[list]:
-  ceiling = about.get('ceiling') or {}
-  figures = [
-    f'{_words(key)} {cell(value)}'
-    for key, value in ceiling.items()
-    if isinstance(value, int | float)
-  ]
-  return [
-    [name, about.get('title')],
-    [f'{name}: preprocessing', about.get('protocol')],
-    [f'{name}: ceiling when trained', ', '.join(figures) or None],
-    [f'{name}: SHA-256', _short('sha256', about.get('sha256') or about.get('weights_sha256'))],
-  ]
-
-
-def _kernel(protocol: dict) -> str | None:
-  if not protocol.get('kernel'):
-    return None
-  subsets, size = (protocol.get(f'kernel_{key}') for key in ('num_subsets', 'subset_size'))
-  return f'{cell(subsets)} subsets of {cell(size)}'
-
-
-def _of_split(count, split) -> str | None:
-  return None if count is None else f'{cell(count)} faces of the split `{cell(split)}`'
-
-
-def _short(key: str, value):
-  """The first digits of a checksum."""
-  return f'`{value[:12]}`' if isinstance(value, str) and key.endswith('sha256') else value
-
-
-def _plainly(value) -> str | None:
-  return f'{value:g}' if isinstance(value, float) else value
-
-
-def _words(key: str) -> str:
-  return key.replace('_', ' ')
+  return table((_mark('balanced accuracy', report, 'attributes'), *header), rows)

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from p2ldm.evaluation.tables import Notes, cell, distance, get, table
+from p2ldm.evaluation.tables import NOT_GIVEN, Notes, cell, distance, get, table, words
 
 _LENGTH, _REGIONS = "pixels, as a share of the mask's side", 'share of the regions'
 _LEVELS = {  # what a level is
@@ -55,7 +55,7 @@ def curves(models: Mapping[str, Mapping], figures: Figures) -> list[Curve]:
         if corruption in levels
       }
       if any(value is not None for points in series.values() for value, _ in points.values()):
-        title, xlabel = corruption.replace('_', ' '), _LEVELS.get(corruption, 'level')
+        title, xlabel = words(corruption), _LEVELS.get(corruption, 'level')
         found.append(
           Curve(f'{corruption}_{file}.png', path, series, title.capitalize(), xlabel, ylabel)
         )
@@ -75,7 +75,7 @@ def markdown(report: dict, figures: Figures, pictures: Sequence[tuple[str, str]]
     level = _LEVELS.get(corruption, 'level')
     sections.append(f'## {corruption.replace("_", " ").capitalize()}\n\nLevels: {level}.')
     for _, path, title in figures:
-      sections.append(_table(models, report.get('real'), corruption, path, title, notes))
+      sections.append(_table(report, corruption, path, title, notes))
     sections += [
       f'![{text}]({name})' for name, text in pictures if name.startswith(f'{corruption}_')
     ]
@@ -83,16 +83,26 @@ def markdown(report: dict, figures: Figures, pictures: Sequence[tuple[str, str]]
   return '\n\n'.join(filter(None, sections)) + '\n'
 
 
-def _table(models, real, corruption: str, path: tuple[str, ...], title: str, notes: Notes) -> str:
+def _table(report: dict, corruption: str, path: tuple[str, ...], title: str, notes: Notes) -> str:
+  models, real = report['models'], report.get('real')
   levels = dict.fromkeys(level for found in models.values() for level in found.get(corruption, {}))
   levels = sorted(levels, key=float)
   rows = [
-    [model, *(_value(get(found, corruption, level), path, notes) for level in levels)]
+    [
+      _mark(model, report, path[0]),
+      *(_value(get(found, corruption, level), path, notes) for level in levels),
+    ]
     for model, found in models.items()
   ]
   if rows:
     rows.append(['*real photographs*', _value(real, path, notes), *[None] * (len(levels) - 1)])
   return table((title, *(f'{float(level):.3g}' for level in levels)), rows)
+
+
+def _mark(model: str, report: dict, kind: str) -> str:
+  """The model's name; what adherence to a condition says of it where it was never given that."""
+  is_given = get(report, 'subjects', model, 'takes', kind) is not False
+  return model if is_given else f'{model} {NOT_GIVEN}'
 
 
 def _value(values, path: tuple[str, ...], notes: Notes):
@@ -111,9 +121,13 @@ def _made(report: dict) -> str:
     digest = instrument.get('sha256') or instrument.get('weights_sha256')
     how = instrument.get('protocol', '')
     rows.append([name, f'{how}; ' * bool(how) + f'weights SHA-256 {digest[:12]}'])
-  for part in ('protocol', 'data', 'versions'):
+  for model, subject in (report.get('subjects') or {}).items():
+    rows.append([f'{model}: step', subject.get('step')])
+    for file, digest in (subject.get('sha256') or {}).items():
+      rows.append([f'{model}: {file}', f'SHA-256 {digest[:12]}'])
+  for part in ('protocol', 'data', 'machine', 'versions'):
     for key, value in (report.get(part) or {}).items():
       if value not in (None, '', {}):
         text = f'{value:g}' if isinstance(value, float) else cell(value)
-        rows.append([key.replace('_', ' '), text])
+        rows.append([words(key), text])
   return '## How these figures were made\n\n' + table(('', ''), rows).replace('---:', '---')

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 MISSING = '-'
+NOT_GIVEN = '(not given to the model)'  # a condition that it was never trained with
 _MAX_DECIMALS = 6
 
 
@@ -88,6 +89,11 @@ def distance(figure: dict | None, notes: Notes, value: str = 'value') -> str | f
   if figure.get('forced'):
     return f'{cell(text)} {notes.mark("forced", figure["forced"])}'
   return text
+
+
+def words(key: str) -> str:
+  """A key as people write it."""
+  return key.replace('_', ' ')
 
 
 def get(values, *keys):
