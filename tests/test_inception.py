@@ -24,7 +24,11 @@ def test_features_are_those_of_torch_fidelity(params):
   expected = np.concatenate([expected[f'{h}x{w}'] for _, h, w in reference.SIZES])
   assert features.dtype == np.float32
   assert np.mean(expected > 0) > 0.8  # the comparison is of features, not of zeros
-  np.testing.assert_allclose(features, expected, rtol=1e-4, atol=5e-4)
+  # Relative to each image's own features, whose sizes spread over orders of magnitude.
+  difference = np.abs(features - expected)
+  assert (difference.max(1) / expected.max(1)).max() < 1e-5
+  norms = np.linalg.norm(difference, axis=1) / np.linalg.norm(expected, axis=1)
+  assert norms.max() < 1e-5
 
 
 def tensorflow_1_resize(image, size):
