@@ -55,6 +55,10 @@ def snapshot(path):
   return {p.name: p.read_bytes() for p in path.iterdir()}
 
 
+def test_others_may_read_what_is_saved(saved):
+  assert all(path.stat().st_mode & 0o044 == 0o044 for path in saved.iterdir())
+
+
 def test_what_is_saved_is_loaded(saved, parts):
   assert {p.name for p in saved.iterdir()} == FILES
   loaded = model_directory.load(saved)

@@ -73,6 +73,7 @@ def write_weights(path: pathlib.Path, params: Mapping, fields: Mapping, expected
   )
   metadata = {'format': 'p2ldm', 'fields': json.dumps(fields)}
   safetensors.numpy.save_file(tensors, path, metadata=metadata)
+  path.chmod(0o644)  # it was made for its owner alone
   return sha256(path)
 
 
