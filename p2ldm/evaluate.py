@@ -11,13 +11,11 @@ classifier, trained by `python -m p2ldm.main --config=configs/evaluators.py`, te
 attributes were followed; distances are computed on VGG16 features (FD-VGG, KD-VGG; needs
 `pip install 'p2ldm[perceptual]'`) and, with --inception_weights, as FID and KID. A folder of images from
 elsewhere can be measured in the same way; images named after a face of the data set (NAME.png, or
-NAME_0.png, NAME_1.png, ...) are held against that face's mask and attributes.
+NAME_0.png, NAME_1.png, ...; 00017.png is face 17) are held against that face's mask and attributes.
 
 --out receives report.md, report.json and plots, when everything in it is complete.
 """
 
-import dataclasses
-import itertools
 import pathlib
 
 from absl import flags
@@ -50,14 +48,25 @@ _PROTOCOL_FLAGS = (
 )  # fmt: skip
 
 
-def evaluate(model, images, data, evaluators, out, protocol, inception_weights, cache, overwrite):
+def evaluate(
+  *,
+  model=None,
+  images=None,
+  data=None,
+  evaluators=None,
+  out,
+  protocol,
+  inception_weights=None,
+  cache=None,
+  overwrite=False,
+):
   """Evaluates a model or a folder of images and writes the report.
 
   Args:
     model: model directory or workdir; None for images.
     images: folder of images; None for a model.
     data: prepared data set; None takes the one that the model was trained on.
-    evaluators: folder of the parser and the classifier; None takes the model's own workdir.
+    evaluators: folder with a parser, a classifier or both; None takes those of the model's own run.
     out: folder to write, whole or not at all.
     protocol: `evaluation.protocol.Protocol`.
     inception_weights: file of the published weights, None leaves FID and KID out.
@@ -71,119 +80,64 @@ def evaluate(model, images, data, evaluators, out, protocol, inception_weights, 
     UserError: bad input; nothing is written.
   """
   from p2ldm.data.prepared import open_dataset
-  from p2ldm.evaluation import evaluation, report
+  from p2ldm.evaluation import evaluation, faces, report, subjects
+  from p2ldm.evaluation.instruments import load_instruments
+  from p2ldm.evaluation.machine import machine
   from p2ldm.interop import model_config, model_directory
+  from p2ldm.models.layers import resolve_dtype
   from p2ldm.pipeline import Pipeline
 
   report.check_out(out, overwrite)
   pipeline = None
   if model is not None:
     directory = model_directory.find(model)
-    about = model_config.read(directory / 'config.json')
+    config = model_config.read(directory / 'config.json')
     pipeline = Pipeline.from_pretrained(directory)
-    data = data or about['provenance']['data_set']
-    subject = {
-      'kind': 'model',
-      'path': str(model),
-      'step': about['provenance'].get('step'),
-      **{f'{name}_sha256': digest for name, digest in about['sha256'].items()},
-    }
+    dataset = subjects.open_data(data, config, model)
   elif data is None:
     raise UserError('--data is missing: the prepared data set to compare the images with.')
-  dataset = open_dataset(data)
-  instruments = load_instruments(evaluators, model, inception_weights, cache, protocol)
+  else:
+    dataset = open_dataset(pathlib.Path(data).expanduser())
+  instruments = load_instruments(
+    evaluators=evaluators,
+    model=model,
+    inception_weights=inception_weights,
+    cache=cache,
+    protocol=protocol,
+  )
+  if pipeline is not None:
+    evaluation.check_fit(dataset, instruments, pipeline, protocol.steps)
+    examples = faces.condition_examples(dataset, protocol)
+    about = subjects.about_model(model, config)
+    subject = {'kind': 'model', 'path': about['path'], 'step': about['step']}
+    subject |= {f'{name}_sha256': digest for name, digest in about['sha256'].items()}
+  else:
+    folder = subjects.open_folder(images, dataset, protocol, instruments)
+    evaluation.check_fit(dataset, instruments)
+    protocol, examples = folder.protocol, folder.examples
+    subject = {'kind': 'images', 'path': str(images), 'num': len(folder.files)}
+  if instruments.parser is not None:
+    subjects.warn_of_few_masks(dataset, protocol, examples)
   if pipeline is not None:
     result = evaluation.evaluate_model(pipeline, dataset, protocol, instruments)
   else:
-    subject, samples, examples, protocol = _folder(images, dataset, protocol, instruments)
     result = evaluation.evaluate_images(
-      samples, subject['num'], examples, dataset, protocol, instruments
+      folder.samples, len(folder.files), examples, dataset, protocol, instruments
     )
-  report.write_report(out, result, dataset.schema, subject, overwrite)
+  for warning in result.figures['warnings']:
+    print(f'Warning: {warning}')
+  computed = machine(str(resolve_dtype('auto')))
+  report.write_report(out, result, dataset.schema, subject, overwrite, computed)
   return result.figures
-
-
-def load_instruments(evaluators, model, inception_weights, cache, protocol):
-  """Finds parser, classifier, feature networks and LPIPS; says what is left out.
-
-  Raises:
-    UserError: what was asked for by name is not there, or there is nothing to measure with.
-  """
-  from p2ldm.evaluation import features, reference
-  from p2ldm.evaluation.evaluators import load_classifier, load_parser
-  from p2ldm.evaluation.sets import Instruments
-  from p2ldm.models.perceptual import load_lpips
-
-  folder = pathlib.Path(evaluators or model or '.')
-  parser = classifier = None
-  if evaluators or (folder / 'parser' / 'model').is_dir():
-    parser = load_parser(folder)
-  if evaluators or (folder / 'classifier' / 'model').is_dir():
-    classifier = load_classifier(folder)
-  if parser is None or classifier is None:
-    print(
-      'No parser or classifier, so that adherence to masks or attributes is left out. Train them with '
-      '`python -m p2ldm.main --config=configs/evaluators.py` and pass that run as --evaluators.'
-    )
-  spaces, lpips = [], load_lpips()
-  if protocol.frechet or protocol.kernel:
-    if inception_weights:
-      spaces.append(features.inception(inception_weights))
-    if lpips is not None:
-      spaces.append(features.vgg())
-    else:
-      print("No FD-VGG, KD-VGG and LPIPS: pip install 'p2ldm[perceptual]' brings them.")
-  if not spaces and parser is None and classifier is None and not protocol.metrics:
-    raise UserError(
-      "There is nothing to measure with: give --evaluators, install 'p2ldm[perceptual]', or give "
-      '--inception_weights.'
-    )
-  cache = cache or reference.CACHE
-  return Instruments(parser, classifier, tuple(spaces), lpips, cache)
-
-
-def _folder(images, dataset, protocol, instruments):
-  """Subject, faces, records of the photographs to compare with, and protocol of a folder of images."""
-  import numpy as np
-
-  from p2ldm.data.prepared import ordered_batches
-  from p2ldm.evaluation import faces
-
-  files = faces.folder_files(images)
-  names = list(
-    itertools.chain.from_iterable(
-      batch['name'] for batch in ordered_batches(dataset, protocol.split, 256)
-    )
-  )
-  matches = faces.match_names(files, names)
-  conditions = None
-  if matches is not None:
-    conditions = faces.real_faces(dataset, protocol.split, 1, matches)
-  elif not instruments.spaces and not protocol.metrics:
-    raise UserError(
-      f'No image in {images} is named after a face of the split {protocol.split!r}, so it is not known '
-      'what each was to show, and no distances are to be computed: there is nothing to measure.'
-    )
-  if matches is None:
-    print(f'No image in {images} is named after a face: distances alone are computed.')
-  # Each record once, in the order of the files.
-  named = None if matches is None else np.array(list(dict.fromkeys(matches.tolist())))
-  unique = len(files) if matches is None else len(named)
-  protocol = dataclasses.replace(
-    protocol, num_samples=len(files), samples_per_condition=max(1, len(files) // unique)
-  )
-  subject = {'kind': 'images', 'path': str(images), 'num': len(files)}
-  size, schema = dataset.image_size, dataset.schema
-  samples = faces.folder_faces(files, size, schema, protocol.batch_size, conditions)
-  examples = faces.condition_examples(dataset, protocol) if matches is None else named
-  return subject, samples, examples, protocol
 
 
 def define_flags():
   """Defines this command's flags."""
   flags.DEFINE_string('data', None, 'Prepared data set. Default: the one the model was trained on.')
   flags.DEFINE_string(
-    'evaluators', None, 'Workdir with parser/ and classifier/. Default: the workdir of the model.'
+    'evaluators',
+    None,
+    "Workdir with parser/, classifier/ or both. Default: those of the model's run.",
   )
   flags.DEFINE_string('images', None, 'A folder of images to measure in place of a model.')
   flags.DEFINE_string('out', None, 'Folder to write. Default: evaluation/ in the workdir or model.')
@@ -191,18 +145,28 @@ def define_flags():
   protocol_flags()
 
 
-def protocol_flags():
-  """Defines the flags of everything that, changed, would change a figure."""
+def protocol_flags(values=flags.FLAGS):
+  """Defines the flags of everything that, changed, would change a figure, in `values`."""
   flags.DEFINE_string(
-    'inception_weights', None, 'pt_inception-2015-12-05 (.pth or .safetensors), for FID and KID.'
+    'inception_weights',
+    None,
+    'pt_inception-2015-12-05 (.pth or .safetensors), for FID and KID.',
+    flag_values=values,
   )
-  flags.DEFINE_string('cache', None, 'Folder of reference features (~/.cache/p2ldm/features).')
-  flags.DEFINE_list('metrics', [], 'Metrics of your own: NAME=module:function, ...')
+  flags.DEFINE_string(
+    'cache', None, 'Folder of reference features (~/.cache/p2ldm/features).', flag_values=values
+  )
+  flags.DEFINE_list(
+    'metrics', [], 'Metrics of your own: NAME=module:function, ...', flag_values=values
+  )
   config_flags.DEFINE_config_file(
-    'config', None, 'Takes the section `evaluation` of a config; flags that are given go before.'
+    'config',
+    None,
+    'Takes the section `evaluation` of a config; flags that are given go before.',
+    flag_values=values,
   )
   for name, kind, default, text in _PROTOCOL_FLAGS:
-    getattr(flags, f'DEFINE_{kind}')(name, default, text)
+    getattr(flags, f'DEFINE_{kind}')(name, default, text, flag_values=values)
 
 
 def read_protocol(values):
@@ -212,8 +176,8 @@ def read_protocol(values):
   fields = {name: values[name].value for name, *_ in _PROTOCOL_FLAGS}
   metrics = {}
   if values.config is not None:
-    section = values.config.evaluation.to_dict()
-    metrics = section.pop('metrics')
+    section = _evaluation_section(values)
+    metrics = section.pop('metrics', {})
     fields |= {name: value for name, value in section.items() if not values[name].present}
   for item in values.metrics:
     name, equals, where = item.partition('=')
@@ -221,6 +185,22 @@ def read_protocol(values):
       raise UserError(f'--metrics={item}: NAME=module:function, as in brightness=my_metrics:mean.')
     metrics[name] = where
   return Protocol(**fields, metrics=metrics)
+
+
+def _evaluation_section(values) -> dict:
+  """The section `evaluation` of --config, of a run or of an ablation's runs."""
+  config, file = values.config, config_flags.get_config_filename(values['config'])
+  run = config.get('run', config)
+  if 'evaluation' not in run:
+    raise UserError(
+      f'{file} has no section `evaluation`; give a config of a training run, as configs/multi.py, or an '
+      'ablation, as configs/ablation.py.'
+    )
+  section = run.evaluation.to_dict()
+  unknown = section.keys() - {'metrics', *(name for name, *_ in _PROTOCOL_FLAGS)}
+  if unknown:
+    raise UserError(f'{file}: the section `evaluation` has no key {", ".join(sorted(unknown))}.')
+  return section
 
 
 def main(model=None):
@@ -231,18 +211,27 @@ def main(model=None):
       'Give a model, as in `python -m p2ldm.evaluate runs/multi_tiny`, or a folder with --images=FOLDER, '
       'and not both.'
     )
+  given = [name for name in ('num_samples', 'samples_per_condition') if values[name].present]
+  if values.images is not None and given:
+    raise UserError(
+      f'--{given[0]} is for a model; with --images, every image of the folder is measured. Leave it out.'
+    )
+  from p2ldm.training.workdir import use_compilation_cache
+
   subject = pathlib.Path(model or values.images).expanduser()
   out = pathlib.Path(values.out).expanduser() if values.out else subject / 'evaluation'
+  protocol = read_protocol(values)
+  use_compilation_cache()
   evaluate(
-    subject if model else None,
-    None if model else subject,
-    values.data,
-    values.evaluators,
-    out,
-    read_protocol(values),
-    values.inception_weights,
-    values.cache,
-    values.overwrite,
+    model=subject if model else None,
+    images=None if model else subject,
+    data=values.data,
+    evaluators=values.evaluators,
+    out=out,
+    protocol=protocol,
+    inception_weights=values.inception_weights,
+    cache=values.cache,
+    overwrite=values.overwrite,
   )
   print(f'{out}/report.md has the figures, report.json all of them; plots lie beside.')
 

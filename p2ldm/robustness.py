@@ -15,7 +15,7 @@ from absl import flags
 
 from p2ldm import errors
 from p2ldm.errors import UserError
-from p2ldm.evaluate import load_instruments, protocol_flags, read_protocol
+from p2ldm.evaluate import protocol_flags, read_protocol
 
 # Figures that are plotted: the file's name, where the figure stands, what it is called.
 PLOTS = (
@@ -30,57 +30,98 @@ PLOTS = (
 )
 
 
-def measure(models, data, evaluators, out, protocol, names, inception_weights, cache, overwrite):
+def measure(
+  models,
+  *,
+  data=None,
+  evaluators=None,
+  out,
+  protocol,
+  names=(),
+  inception_weights=None,
+  cache=None,
+  overwrite=False,
+):
   """Measures models and writes tables and plots.
 
   Args:
     models: model directories or workdirs, of one schema and size.
     data: prepared data set; None takes the one that the first model was trained on.
-    evaluators: folder of the parser and the classifier; None takes the first model's workdir.
+    evaluators: folder with a parser, a classifier or both; None takes those of the first model's run.
     out: folder to write, whole or not at all.
     protocol: `evaluation.protocol.Protocol`.
     names: of the corruptions, () for all.
     inception_weights, cache: as of `evaluate.evaluate`.
     overwrite: replaces an earlier result in `out`.
 
+  Returns:
+    {model: what `evaluation.robustness.robustness` gives}, by the names that the report calls them.
+
   Raises:
-    UserError: bad input; nothing is written.
+    UserError: bad input; nothing is written, and nothing was drawn.
   """
-  from p2ldm.data.prepared import open_dataset
-  from p2ldm.evaluation import report
+  from p2ldm.evaluation import report, subjects
   from p2ldm.evaluation.corruptions import CORRUPTIONS
+  from p2ldm.evaluation.evaluation import check_fit
   from p2ldm.evaluation.faces import condition_examples
-  from p2ldm.evaluation.robustness import photograph_figures, robustness
+  from p2ldm.evaluation.instruments import load_instruments
+  from p2ldm.evaluation.machine import machine
+  from p2ldm.evaluation.robustness import check, photograph_figures, robustness
   from p2ldm.evaluation.sets import about
-  from p2ldm.interop import model_config, model_directory
+  from p2ldm.interop import model_config
+  from p2ldm.models.layers import resolve_dtype
   from p2ldm.pipeline import Pipeline
 
   report.check_out(out, overwrite)
-  directories = [model_directory.find(model) for model in models]
-  config = model_config.read(directories[0] / 'config.json')
-  dataset = open_dataset(data or config['provenance']['data_set'])
-  instruments = load_instruments(evaluators, models[0], inception_weights, cache, protocol)
-  results = {
-    _name(model, models): robustness(
-      Pipeline.from_pretrained(directory),
-      dataset,
-      protocol,
-      instruments,
-      tuple(names) or tuple(CORRUPTIONS),
-    )
-    for model, directory in zip(models, directories, strict=True)
-  }
-  real = photograph_figures(dataset, protocol, instruments)
+  names = tuple(names) or tuple(CORRUPTIONS)
+  models = [pathlib.Path(model) for model in models]
+  directories = _directories(models)
+  configs = [model_config.read(directory / 'config.json') for directory in directories]
+  dataset = subjects.open_data(data, configs[0], models[0])
+  instruments = load_instruments(
+    evaluators=evaluators,
+    model=models[0],
+    inception_weights=inception_weights,
+    cache=cache,
+    protocol=protocol,
+  )
+  check(dataset, protocol, instruments, names)
+  for model, directory in zip(models, directories, strict=True):
+    try:
+      check_fit(dataset, instruments, Pipeline.from_pretrained(directory), protocol.steps)
+    except UserError as error:
+      raise UserError(f'{model}: {error}') from error
   examples = condition_examples(dataset, protocol)
-  made = {
+  if instruments.parser is not None:
+    subjects.warn_of_few_masks(dataset, protocol, examples)
+  real = photograph_figures(dataset, protocol, instruments)
+  results, made = {}, {}
+  for model, directory, config in zip(models, directories, configs, strict=True):
+    name = _name(model, models)
+    made[name] = subjects.about_model(model, config)
+    pipeline = Pipeline.from_pretrained(directory)
+    results[name] = robustness(pipeline, dataset, protocol, instruments, names)
+  how = {
     'protocol': dataclasses.asdict(protocol),
     **about(dataset, protocol, instruments, len(examples)),
-    'weights': {
-      _name(model, models): model_config.read(directory / 'config.json')['sha256']
-      for model, directory in zip(models, directories, strict=True)
-    },
+    'subjects': made,
+    'machine': machine(str(resolve_dtype('auto'))),
   }
-  report.write_robustness(out, results, real, made, PLOTS, overwrite)
+  report.write_robustness(out, results, real, how, PLOTS, overwrite)
+  return results
+
+
+def _directories(models: list[pathlib.Path]) -> list[pathlib.Path]:
+  """The model directories; raises `UserError` if there is none, or one twice."""
+  from p2ldm.interop import model_directory
+
+  first = {}
+  for model in models:
+    directory = model_directory.find(model).resolve()
+    if directory in first:
+      raise UserError(f'{first[directory]} and {model} are the same model; give each model once.')
+    first[directory] = model
+  return list(first)
 
 
 def _name(model: pathlib.Path, models: list[pathlib.Path]) -> str:
@@ -97,17 +138,21 @@ def main(*models):
   values = flags.FLAGS
   if not models:
     raise UserError('Give at least one model, as in `python -m p2ldm.robustness runs/multi_tiny`.')
+  from p2ldm.training.workdir import use_compilation_cache
+
   out = pathlib.Path(values.out).expanduser()
+  protocol = read_protocol(values)
+  use_compilation_cache()
   measure(
     [pathlib.Path(model).expanduser() for model in models],
-    values.data,
-    values.evaluators,
-    out,
-    read_protocol(values),
-    values.corruptions,
-    values.inception_weights,
-    values.cache,
-    values.overwrite,
+    data=values.data,
+    evaluators=values.evaluators,
+    out=out,
+    protocol=protocol,
+    names=values.corruptions,
+    inception_weights=values.inception_weights,
+    cache=values.cache,
+    overwrite=values.overwrite,
   )
   print(f'{out}/robustness.md has the figures; plots lie beside.')
 
@@ -116,7 +161,9 @@ def define_flags():
   """Defines this command's flags."""
   flags.DEFINE_string('data', None, 'Prepared data set. Default: that of the first model.')
   flags.DEFINE_string(
-    'evaluators', None, 'Workdir with parser/ and classifier/. Default: that of the first model.'
+    'evaluators',
+    None,
+    "Workdir with parser/, classifier/ or both. Default: those of the first model's run.",
   )
   flags.DEFINE_list('corruptions', [], 'Which, as in mask_shifted,attributes_flipped (all).')
   flags.DEFINE_string('out', 'robustness', 'Folder to write.')

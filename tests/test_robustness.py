@@ -10,6 +10,7 @@ import tiny_model
 from tiny_evaluation import protocol
 
 from p2ldm.data.prepared import open_dataset, ordered_batches
+from p2ldm.diffusion.schedule import make_schedule
 from p2ldm.errors import UserError
 from p2ldm.evaluation import faces, robustness
 from p2ldm.evaluation.corruptions import CORRUPTIONS, corrupt
@@ -100,6 +101,7 @@ class Recorder:
 
   config = {'denoiser': {'attributes': 'cross_attention', 'mask': 'cross_attention'}}
   schema, image_size = tiny_model.SCHEMA, tiny_evaluation.SIZE
+  schedule = make_schedule(20, 0.01, 0.3)
 
   def __init__(self):
     self.attributes, self.mask = [], []

@@ -65,6 +65,13 @@ def write_folder(path):
 
 def evaluator(kind: str, seed: int = 0, schema=tiny_model.SCHEMA, image_size: int = SIZE):
   """A 'parser' or a 'classifier' with random parameters."""
+  return make_evaluator(evaluator_parts(kind, seed, schema, image_size))
+
+
+def evaluator_parts(
+  kind: str, seed: int = 0, schema=tiny_model.SCHEMA, image_size: int = SIZE
+) -> EvaluatorParts:
+  """What `evaluator` is made of."""
   outputs = {
     'parser': {'num_classes': schema.num_classes},
     'classifier': {'num_attributes': schema.num_attributes},
@@ -76,7 +83,7 @@ def evaluator(kind: str, seed: int = 0, schema=tiny_model.SCHEMA, image_size: in
   shapes = jax.eval_shape(parts.make_module().init, jax.random.key(0), image)['params']
   rng = np.random.default_rng(seed)
   params = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes)
-  return make_evaluator(dataclasses.replace(parts, params=params))
+  return dataclasses.replace(parts, params=params)
 
 
 def pool(images: np.ndarray) -> np.ndarray:
@@ -84,7 +91,7 @@ def pool(images: np.ndarray) -> np.ndarray:
   return np.asarray(images, np.float64).reshape(-1, 2, 8, 2, 8, 3).mean((2, 4)).reshape(-1, 12)
 
 
-def thumbnails() -> FeatureSpace:
+def thumbnails(mesh=None) -> FeatureSpace:
   """A feature space that costs nothing."""
 
   def compute(weights, images):
@@ -99,7 +106,7 @@ def thumbnails() -> FeatureSpace:
     dim=12,
     protocol='means of four quarters',
     weights_sha256='123',
-    mesh=sharding.make_mesh(devices=jax.devices()[:1]),
+    mesh=mesh or sharding.make_mesh(devices=jax.devices()[:1]),
     weights=(),
     compute=jax.jit(compute),
   )

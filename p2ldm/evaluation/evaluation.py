@@ -163,6 +163,22 @@ def warnings(
   return found
 
 
+def more_photographs(
+  dataset: PreparedDataset,
+  protocol: Protocol,
+  instruments: Instruments,
+  num_samples: int,
+  examples: np.ndarray,
+) -> Iterator[Faces]:
+  """Held-out faces beyond `examples`, for distances from as many as there are samples."""
+  if not instruments.spaces:
+    return iter(())
+  count = num_photographs(dataset, protocol, num_samples)
+  others = np.setdiff1d(np.arange(dataset.num_examples(protocol.split)), examples)
+  others = others[: max(0, count - len(examples))]
+  return real_faces(dataset, protocol.split, protocol.batch_size, others)
+
+
 class _Evaluation:
   """One run of `evaluate_model` or `evaluate_images`."""
 
@@ -188,12 +204,12 @@ class _Evaluation:
     sets, autoencoder = {}, None
     if photographs:
       real = real_faces(self._dataset, protocol.split, protocol.batch_size, examples)
-      more = self._more_photographs(examples)
+      more = more_photographs(self._dataset, protocol, instruments, self._num_samples, examples)
       sets, autoencoder = self._timed(
         'real and reconstructed', self._photographs, real, more, pipeline, references
       )
     meters = self._set(NUM_WORST)
-    diversity = self._diversity() if pipeline is not None else None
+    diversity = self._diversity()
     drawing = 0.0
     with tqdm(total=self._num_samples, desc='samples', unit='image') as bar:
       start = clock = time.perf_counter()
@@ -237,26 +253,19 @@ class _Evaluation:
       manifold_size(self._dataset, self._protocol, self._num_samples),
     )
 
-  def _more_photographs(self, examples: np.ndarray) -> Iterator[Faces]:
-    """Held-out faces beyond those of the conditions, for distances from as many as there are samples."""
-    if not self._instruments.spaces:
-      return iter(())
-    count = num_photographs(self._dataset, self._protocol, self._num_samples)
-    others = np.setdiff1d(np.arange(self._dataset.num_examples(self._protocol.split)), examples)
-    others = others[: max(0, count - len(examples))]
-    return real_faces(self._dataset, self._protocol.split, self._protocol.batch_size, others)
-
   def _diversity(self) -> SampleDiversity | None:
     protocol, lpips = self._protocol, self._instruments.lpips
     count = protocol.samples_per_condition
     if lpips is None or count < 2:
       return None
-    batch_size = min(count, protocol.batch_size)
+    mesh = self._instruments.mesh
+    devices = 1 if mesh is None else mesh.size
+    batch_size = -(-min(count, protocol.batch_size) // devices) * devices
     pairwise = PairwiseDiversity(
       lpips_embedding(lpips),
       batch_size=batch_size,
       seed=protocol.seed,
-      mesh=self._instruments.mesh,
+      mesh=mesh,
     )
     return SampleDiversity(pairwise, count)
 

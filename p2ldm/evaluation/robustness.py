@@ -10,7 +10,7 @@ from tqdm import tqdm
 from p2ldm.data.prepared import PreparedDataset
 from p2ldm.errors import UserError
 from p2ldm.evaluation.corruptions import CORRUPTIONS, corrupt
-from p2ldm.evaluation.evaluation import check_fit
+from p2ldm.evaluation.evaluation import check_fit, more_photographs
 from p2ldm.evaluation.faces import condition_examples, generated_faces, real_faces
 from p2ldm.evaluation.protocol import Protocol, load_metrics
 from p2ldm.evaluation.sets import (
@@ -23,10 +23,32 @@ from p2ldm.evaluation.sets import (
 from p2ldm.pipeline import Pipeline
 
 
+def check(
+  dataset: PreparedDataset,
+  protocol: Protocol,
+  instruments: Instruments,
+  names: tuple[str, ...] = tuple(CORRUPTIONS),
+):
+  """Says at once what could only be refused after hours; the models have `evaluation.check_fit`.
+
+  Raises:
+    UserError: an unknown corruption, too few samples, or a metric that cannot be imported.
+  """
+  unknown = [name for name in names if name not in CORRUPTIONS]
+  if unknown:
+    raise UserError(f'There is no corruption {unknown[0]!r}; there are: {", ".join(CORRUPTIONS)}.')
+  if instruments.spaces:
+    protocol.check(protocol.num_samples, num_reference(dataset, protocol))
+  load_metrics(protocol.metrics)
+
+
 def photograph_figures(
   dataset: PreparedDataset, protocol: Protocol, instruments: Instruments
 ) -> dict:
-  """The same figures of the photographs that the conditions come from: the ceiling."""
+  """The same figures of the photographs that the conditions come from: the ceiling.
+
+  Distances are of as many photographs as there are samples, as far as the split has them.
+  """
   meters = SetMeters(
     dataset.schema,
     protocol,
@@ -37,6 +59,8 @@ def photograph_figures(
   examples = condition_examples(dataset, protocol)
   for faces in real_faces(dataset, protocol.split, protocol.batch_size, examples):
     meters.add(faces)
+  for faces in more_photographs(dataset, protocol, instruments, protocol.num_samples, examples):
+    meters.add_features(faces)
   return meters.figures(reference_sets(dataset, protocol, instruments))
 
 
@@ -60,12 +84,8 @@ def robustness(
   Raises:
     UserError: an unknown corruption, or as `evaluation.evaluate_model`.
   """
-  unknown = [name for name in names if name not in CORRUPTIONS]
-  if unknown:
-    raise UserError(f'There is no corruption {unknown[0]!r}; there are: {", ".join(CORRUPTIONS)}.')
-  check_fit(dataset, instruments, pipeline)
-  if instruments.spaces:
-    protocol.check(protocol.num_samples, num_reference(dataset, protocol))
+  check(dataset, protocol, instruments, names)
+  check_fit(dataset, instruments, pipeline, protocol.steps)
   references = reference_sets(dataset, protocol, instruments)
   examples = condition_examples(dataset, protocol)
   metrics = load_metrics(protocol.metrics)
