@@ -78,7 +78,8 @@ def photographs(tiny_faces):
 def test_several_images_of_a_face_have_a_diversity(tiny_faces, photographs, tmp_path):
   first, second, *_ = photographs
   images = {f'{first}_{i}': photographs[first] for i in range(3)}
-  images |= {f'{second}_0': photographs[second], f'{second}_1': 255 - photographs[second]}
+  # By name, the two stand on either side of the first face's.
+  images |= {f'000{second}': photographs[second], f'{second}_1': 255 - photographs[second]}
   figures = evaluate.evaluate(
     images=save(tmp_path / 'images', images),
     data=tiny_faces,
