@@ -79,56 +79,72 @@ def evaluate(
   Raises:
     UserError: bad input; nothing is written.
   """
-  from p2ldm.data.prepared import open_dataset
-  from p2ldm.evaluation import evaluation, faces, report, subjects
+  from p2ldm.evaluation import report
   from p2ldm.evaluation.instruments import load_instruments
   from p2ldm.evaluation.machine import machine
-  from p2ldm.interop import model_config, model_directory
   from p2ldm.models.layers import resolve_dtype
-  from p2ldm.pipeline import Pipeline
 
   report.check_out(out, overwrite)
-  pipeline = None
-  if model is not None:
-    directory = model_directory.find(model)
-    config = model_config.read(directory / 'config.json')
-    pipeline = Pipeline.from_pretrained(directory)
-    dataset = subjects.open_data(data, config, model)
-  elif data is None:
-    raise UserError('--data is missing: the prepared data set to compare the images with.')
-  else:
-    dataset = open_dataset(pathlib.Path(data).expanduser())
-  instruments = load_instruments(
-    evaluators=evaluators,
-    model=model,
-    inception_weights=inception_weights,
-    cache=cache,
-    protocol=protocol,
-  )
-  if pipeline is not None:
-    evaluation.check_fit(dataset, instruments, pipeline, protocol.steps)
-    examples = faces.condition_examples(dataset, protocol)
-    about = subjects.about_model(model, config)
-    subject = {'kind': 'model', 'path': about['path'], 'step': about['step']}
-    subject |= {f'{name}_sha256': digest for name, digest in about['sha256'].items()}
-  else:
-    folder = subjects.open_folder(images, dataset, protocol, instruments)
-    evaluation.check_fit(dataset, instruments)
-    protocol, examples = folder.protocol, folder.examples
-    subject = {'kind': 'images', 'path': str(images), 'num': len(folder.files)}
-  if instruments.parser is not None:
-    subjects.warn_of_few_masks(dataset, protocol, examples)
-  if pipeline is not None:
-    result = evaluation.evaluate_model(pipeline, dataset, protocol, instruments)
-  else:
-    result = evaluation.evaluate_images(
-      folder.samples, len(folder.files), examples, dataset, protocol, instruments
+
+  def load():
+    return load_instruments(
+      evaluators=evaluators,
+      model=model,
+      inception_weights=inception_weights,
+      cache=cache,
+      protocol=protocol,
     )
+
+  if model is not None:
+    dataset, subject, result = _measure_model(model, data, protocol, load)
+  else:
+    dataset, subject, result = _measure_images(images, data, protocol, load)
   for warning in result.figures['warnings']:
     print(f'Warning: {warning}')
   computed = machine(str(resolve_dtype('auto')))
   report.write_report(out, result, dataset.schema, subject, overwrite, computed)
   return result.figures
+
+
+def _measure_model(model, data, protocol, load):
+  """Data set, subject of the report and `evaluation.Result` of a model; `load` gives the instruments."""
+  from p2ldm.evaluation import evaluation, faces, subjects
+  from p2ldm.interop import model_config, model_directory
+  from p2ldm.pipeline import Pipeline
+
+  directory = model_directory.find(model)
+  config = model_config.read(directory / 'config.json')
+  pipeline = Pipeline.from_pretrained(directory)
+  dataset = subjects.open_data(data, config, model)
+  instruments = load()
+  evaluation.check_fit(dataset, instruments, pipeline, protocol.steps)
+  if instruments.parser is not None:
+    examples = faces.condition_examples(dataset, protocol)
+    subjects.warn_of_few_masks(dataset, protocol, examples)
+  about = subjects.about_model(model, config)
+  subject = {'kind': 'model', 'path': about['path'], 'step': about['step']}
+  subject |= {f'{name}_sha256': digest for name, digest in about['sha256'].items()}
+  return dataset, subject, evaluation.evaluate_model(pipeline, dataset, protocol, instruments)
+
+
+def _measure_images(images, data, protocol, load):
+  """The same of a folder of images."""
+  from p2ldm.data.prepared import open_dataset
+  from p2ldm.evaluation import evaluation, subjects
+
+  if data is None:
+    raise UserError('--data is missing: the prepared data set to compare the images with.')
+  dataset = open_dataset(pathlib.Path(data).expanduser())
+  instruments = load()
+  folder = subjects.open_folder(images, dataset, protocol, instruments)
+  evaluation.check_fit(dataset, instruments)
+  if instruments.parser is not None and folder.named:
+    subjects.warn_of_few_masks(dataset, folder.protocol, folder.examples)
+  count = len(folder.files)
+  result = evaluation.evaluate_images(
+    folder.samples, count, folder.examples, dataset, folder.protocol, instruments
+  )
+  return dataset, {'kind': 'images', 'path': str(images), 'num': count}, result
 
 
 def define_flags():

@@ -24,12 +24,14 @@ class Folder:
     samples: the same, batch by batch, with the conditions that they were drawn for.
     examples: the records of the faces to compare them with.
     protocol: with the number of images.
+    named: whether the images are named after faces, so that it is known what each was to show.
   """
 
   files: list[pathlib.Path]
   samples: Iterator[Faces]
   examples: np.ndarray
   protocol: Protocol
+  named: bool
 
 
 def about_model(path, config: Mapping) -> dict:
@@ -112,7 +114,7 @@ def open_folder(
     files, dataset.image_size, dataset.schema, protocol.batch_size, conditions
   )
   examples = faces.condition_examples(dataset, protocol) if matches is None else np.unique(matches)
-  return Folder(files, samples, examples, protocol)
+  return Folder(files, samples, examples, protocol, matches is not None)
 
 
 def warn_of_few_masks(dataset: PreparedDataset, protocol: Protocol, examples: np.ndarray):
