@@ -79,10 +79,10 @@ def evaluate(
   Raises:
     UserError: bad input; nothing is written.
   """
-  from p2ldm.evaluation import report
   from p2ldm.evaluation.instruments import load_instruments
   from p2ldm.evaluation.machine import machine
   from p2ldm.models.layers import resolve_dtype
+  from p2ldm.reports import report
 
   report.check_out(out, overwrite)
 

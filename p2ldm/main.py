@@ -2,7 +2,8 @@
 
 Runs the stages of the config in order: parser and classifier (they judge what the model draws), the
 autoencoder, the latent cache, the diffusion model. A stage that is complete in the workdir is not run
-again, one that was interrupted goes on from its newest checkpoint. At the end WORKDIR/model holds what `p2ldm.Pipeline` and the other commands load.
+again, one that was interrupted goes on from its newest checkpoint. At the end WORKDIR/model holds what
+`p2ldm.Pipeline` and the other commands load.
 
   python -m p2ldm.main --config=configs/multi.py:tiny          embedded faces, minutes on two cores
   python -m p2ldm.main --config=configs/multi.py --config.data.dir=DIR

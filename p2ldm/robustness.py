@@ -61,7 +61,7 @@ def measure(
   Raises:
     UserError: bad input; nothing is written, and nothing was drawn.
   """
-  from p2ldm.evaluation import report, subjects
+  from p2ldm.evaluation import subjects
   from p2ldm.evaluation.corruptions import CORRUPTIONS
   from p2ldm.evaluation.evaluation import check_fit
   from p2ldm.evaluation.faces import condition_examples
@@ -72,6 +72,7 @@ def measure(
   from p2ldm.interop import model_config
   from p2ldm.models.layers import resolve_dtype
   from p2ldm.pipeline import Pipeline
+  from p2ldm.reports import report
 
   report.check_out(out, overwrite)
   names = tuple(names) or tuple(CORRUPTIONS)

@@ -148,7 +148,7 @@ def test_what_the_model_takes_and_faces_that_were_trained_on_are_said(dataset, f
   assert figures['takes'] == {'attributes': True, 'mask': False}
   notes = ' '.join(figures['warnings'])
   assert 'not held out' in notes
-  assert 'The model was trained on another data set' in notes  # tiny_model names no origin
+  assert 'The model was trained on a data set that it does not name' in notes
   origin = {'data set': dataset.fingerprint}
   parts.config['provenance']['origin'] = origin
   pipeline = Pipeline(parts, 'float32')

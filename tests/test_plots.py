@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from p2ldm.data.labels import CELEBAMASK_HQ, UNSPECIFIED
-from p2ldm.evaluation import galleries, plots
 from p2ldm.evaluation.faces import Faces
+from p2ldm.reports import galleries, plots
 
 SIZE = 32
 

@@ -12,9 +12,10 @@ import tiny_model
 from PIL import Image
 
 from p2ldm.errors import UserError
-from p2ldm.evaluation import adherence, machine, plots, report, tables
+from p2ldm.evaluation import adherence, machine
 from p2ldm.evaluation.evaluation import Result
 from p2ldm.evaluation.faces import Faces
+from p2ldm.reports import plots, report, tables
 
 SCHEMA, SIZE = tiny_model.SCHEMA, tiny_evaluation.SIZE
 MODEL = {

@@ -1,1 +1,1 @@
-"""How good are the pictures: feature spaces, distances, adherence, reports."""
+"""How good are the pictures: feature spaces, distances, adherence."""

@@ -154,9 +154,10 @@ def warnings(
   found = []
   for what, fingerprint in fingerprints.items():
     if fingerprint != dataset.fingerprint:
+      whose = 'another data set' if fingerprint else 'a data set that it does not name'
       found.append(
-        f'The {what} was trained on another data set than {dataset.directory}; whether the faces '
-        'measured here were held out from it is not known.'
+        f'The {what} was trained on {whose}; whether the faces of {dataset.directory} that are measured here '
+        'were held out from it is not known.'
       )
   if protocol.split == 'train':
     found.append("The conditions are those of the split 'train': these faces are not held out.")

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from p2ldm.evaluation import plots
+from p2ldm.reports import plots
 from p2ldm.training.ablation import Cell, write_json
 
 # Columns of the tables: title, where the figure stands, digits, which condition it is about. A column

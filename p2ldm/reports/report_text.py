@@ -5,9 +5,9 @@ It shows what was measured and nothing else: a part that is missing leaves out i
 
 from collections.abc import Sequence
 
-from p2ldm.evaluation.made_text import made
 from p2ldm.evaluation.meters import few_masks
-from p2ldm.evaluation.tables import (
+from p2ldm.reports.made_text import made
+from p2ldm.reports.tables import (
   NOT_GIVEN,
   Notes,
   cell,

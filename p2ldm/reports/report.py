@@ -20,10 +20,10 @@ import numpy as np
 
 from p2ldm.data.labels import LabelSchema
 from p2ldm.errors import UserError
-from p2ldm.evaluation import galleries, plots, report_text, robustness_text
 from p2ldm.evaluation.evaluation import Result
 from p2ldm.evaluation.machine import versions
-from p2ldm.evaluation.tables import get
+from p2ldm.reports import galleries, plots, report_text, robustness_text
+from p2ldm.reports.tables import get
 
 FORMAT = 1
 _KINDS = {'report': ('sets', 'subject'), 'robustness': ('models', 'protocol')}  # file: keys it has

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from p2ldm.evaluation.tables import NOT_GIVEN, Notes, cell, distance, get, table, words
+from p2ldm.reports.tables import NOT_GIVEN, Notes, cell, distance, get, table, words
 
 _LENGTH, _REGIONS = "pixels, as a share of the mask's side", 'share of the regions'
 _LEVELS = {  # what a level is

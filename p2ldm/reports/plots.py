@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from p2ldm.evaluation.tables import NOT_GIVEN
+from p2ldm.reports.tables import NOT_GIVEN
 
 DPI = 100
 _INK, _MUTED, _RULE, _BAND = '#202124', '#6b6e73', '#c4c7cb', '#f4f5f6'

@@ -1,6 +1,6 @@
 """The part of a report that says how its figures were made, in Markdown."""
 
-from p2ldm.evaluation.tables import cell, get, table, words
+from p2ldm.reports.tables import cell, get, table, words
 
 
 def made(report: dict) -> str:
