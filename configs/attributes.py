@@ -7,5 +7,5 @@ def get_config(variant: str = ''):
   """`attributes.py`, `attributes.py:tiny` or `attributes.py:faces64`."""
   config = variants.apply(base.get_config(), variant)
   config.denoiser.mask = 'none'
-  config.stages = ('classifier', 'autoencoder', 'latents', 'diffusion')
+  config.stages = tuple(stage for stage in config.stages if stage != 'parser')
   return config

@@ -7,5 +7,5 @@ def get_config(variant: str = ''):
   """`masks.py`, `masks.py:tiny` or `masks.py:faces64`."""
   config = variants.apply(base.get_config(), variant)
   config.denoiser.attributes = 'none'
-  config.stages = ('parser', 'autoencoder', 'latents', 'diffusion')
+  config.stages = tuple(stage for stage in config.stages if stage != 'classifier')
   return config

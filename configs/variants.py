@@ -10,6 +10,8 @@ def tiny(config: ConfigDict) -> None:
   """The embedded synthetic faces at 64 px: minutes on two CPU cores."""
   config.data.update({'dir': 'data/embedded_64', 'image_size': 64, 'embedded_faces': 2_000})
   small_models(config)
+  # Parser and classifier are a run of their own, evaluators.py:tiny, so that this one stays short.
+  config.stages = ('autoencoder', 'latents', 'diffusion')
   config.evaluators.parser.training.update({'num_steps': 1_600})
   config.evaluators.classifier.training.update({'num_steps': 800})
   config.autoencoder.training.update({'num_steps': 400})

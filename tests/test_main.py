@@ -42,6 +42,8 @@ def shrink(config, data_dir):
   for training in variants.trainings(config):
     training.update({'batch_size': 8, 'num_steps': 2, 'evaluation_faces': 4})
   config.latents.batch_size = 8
+  if 'diffusion' in config.stages and config.denoiser.attributes != 'none':
+    config.stages = stages.STAGES
   config.sampling.update({'steps': 2, 'num_faces': 1})
   config.probe.update({'every': 1, 'num_faces': 1, 'steps': 2})
   return config

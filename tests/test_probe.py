@@ -12,6 +12,7 @@ from tiny_model import SCHEMA
 from configs import base
 from p2ldm.data import latents
 from p2ldm.pipeline import Pipeline
+from p2ldm.training import loop
 from p2ldm.training.probe import Probe
 
 NUM, SIZE = 40, 16
@@ -101,10 +102,10 @@ def test_a_model_that_obeys(cache):
   )
   for name in names:
     assert values[name] == 1.0
-    assert values[f'{name}_by_chance'] < 0.75
-  assert values['mask_pixel_accuracy_of_ceiling'] == 1 / 0.8
-  assert values['attribute_accuracy_of_ceiling'] == 1 / 0.5
-  assert 'mask_miou_present_of_ceiling' not in values
+    assert values[f'{name}/by_chance'] < 0.75
+  assert values['mask_pixel_accuracy/of_ceiling'] == 1 / 0.8
+  assert values['attribute_accuracy/of_ceiling'] == 1 / 0.5
+  assert 'mask_miou_present/of_ceiling' not in values
   assert len(values) == 4 + 4 + 3
   assert all(isinstance(value, float) for value in values.values())
   assert pipeline.params == {'weights': 3}
@@ -113,7 +114,7 @@ def test_a_model_that_obeys(cache):
 def test_a_model_that_ignores_its_conditions_shows_at_once(cache):
   values = Probe(config(), cache, Obedient(ignores=True), EVALUATORS)(STATE)
   for name in ('mask_pixel_accuracy', 'attribute_accuracy'):
-    np.testing.assert_allclose(values[name], values[f'{name}_by_chance'], atol=0.08)
+    np.testing.assert_allclose(values[name], values[f'{name}/by_chance'], atol=0.08)
     assert values[name] < 0.75
 
 
@@ -160,3 +161,8 @@ def test_a_real_model_as_its_parameters_change(cache):
   assert probe(state) == before
   state.ema_params['denoiser'] = jax.tree.map(lambda x: -2 * x, parts.denoiser)
   assert probe(state) != before
+
+
+def test_one_line_says_how_far_from_chance_and_from_the_ceiling():
+  values = {'accuracy': 0.625, 'accuracy/of_ceiling': 0.75, 'accuracy/by_chance': 0.5, 'mse/a': 1.0}
+  assert loop.describe(values) == 'accuracy 0.625 (75% of the ceiling, 0.5 by chance)'

@@ -192,8 +192,16 @@ def log_parameters(task: Task, state: TrainState):
 
 def describe(values: dict[str, float]) -> str:
   """One line of the values that fit one: not those by timestep, nor the unweighted losses."""
-  shown = {name: value for name, value in values.items() if '/' not in name and 'mse' not in name}
-  return ', '.join(f'{name} {value:.4g}' for name, value in shown.items())
+  shown = []
+  for name, value in values.items():
+    if '/' not in name and 'mse' not in name:
+      besides = []
+      if f'{name}/of_ceiling' in values:
+        besides.append(f'{values[f"{name}/of_ceiling"]:.0%} of the ceiling')
+      if f'{name}/by_chance' in values:
+        besides.append(f'{values[f"{name}/by_chance"]:.4g} by chance')
+      shown.append(f'{name} {value:.4g}' + (f' ({", ".join(besides)})' if besides else ''))
+  return ', '.join(shown)
 
 
 def save_picture(path: pathlib.Path, picture: np.ndarray):

@@ -61,8 +61,8 @@ class Probe:
       self._given_masks = np.full_like(self._masks, UNSPECIFIED)
 
   def __call__(self, state: TrainState) -> dict[str, float]:
-    """{name: figure}; NAME_of_ceiling is its share of the same figure on held-out photographs,
-    NAME_by_chance that of the samples against the conditions of other faces."""
+    """{name: figure}; NAME/of_ceiling is its share of the same figure on held-out photographs,
+    NAME/by_chance that of the samples against the conditions of other faces."""
     self._pipeline.replace_denoiser(state.ema_params['denoiser'])
     scales = {'attributes': self._sampling.attributes_scale, 'mask': self._sampling.mask_scale}
     latents = self._pipeline.sample_latents(
@@ -92,7 +92,7 @@ class Probe:
       if value is None:
         continue
       values[name] = value
-      values[f'{name}_by_chance'] = figures['other_conditions'][of][figure]
+      values[f'{name}/by_chance'] = figures['other_conditions'][of][figure]
       if ceilings[of].get(figure):
-        values[f'{name}_of_ceiling'] = value / ceilings[of][figure]
+        values[f'{name}/of_ceiling'] = value / ceilings[of][figure]
     return {name: value for name, value in values.items() if value is not None}
