@@ -1,6 +1,6 @@
 """Measures how good a model's faces are, and how well they do what they were asked to.
 
-  python -m p2ldm.evaluate runs/multi_tiny --evaluators=runs/evaluators_tiny --num_samples=400 \
+  python -m p2ldm.evaluate runs/multi_tiny --evaluators=runs/evaluators_tiny --num_samples=400 \\
     --nofrechet --kernel_subset_size=200
   python -m p2ldm.evaluate MODEL --data=DIR --evaluators=WORKDIR --num_samples=2048
   python -m p2ldm.evaluate --images=FOLDER --data=DIR --evaluators=WORKDIR

@@ -1,6 +1,6 @@
 """Measures how models bear conditions that are partly wrong or missing, and draws the curves.
 
-  python -m p2ldm.robustness runs/multi_tiny --evaluators=runs/evaluators_tiny --num_samples=400 \
+  python -m p2ldm.robustness runs/multi_tiny --evaluators=runs/evaluators_tiny --num_samples=400 \\
     --nofrechet --kernel_subset_size=200
   python -m p2ldm.robustness runs/a runs/b --evaluators=runs/evaluators --num_samples=512 --out=robustness
 
