@@ -307,3 +307,4 @@ def test_few_masks_are_said():
   for count in (1, 49):
     assert f'Only {count} of 512 faces have a mask' in few_masks(count, 512)
   assert '--with_mask_only' in few_masks(15, 512)
+  assert '--with_mask_only' not in few_masks(12, 12)  # all have one

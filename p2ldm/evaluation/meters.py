@@ -26,6 +26,8 @@ def few_masks(num_faces: int, num_images: int) -> str | None:
   """
   if not 0 < num_faces < MIN_MASKS:
     return None
+  if num_faces == num_images:
+    return f'The figures of masks rest on {num_faces} faces; take the conditions of more (--num_samples).'
   return (
     f'Only {num_faces} of {num_images:,} faces have a mask, so that the figures of masks rest on few; '
     '--with_mask_only takes the conditions of faces that have one.'
