@@ -7,6 +7,37 @@ them by the batch size or the number of devices. Batch sizes are global.
 from ml_collections import ConfigDict
 
 
+def training(**changes) -> dict:
+  """The keys of a task's training; a task changes some of them.
+
+  Raises:
+    KeyError: there is no such key.
+  """
+  keys = {
+    'batch_size': 48,  # over all devices and processes
+    'accumulation_steps': 1,  # micro-batches that a batch is split into, one after the other
+    'num_steps': 500_000,
+    'learning_rate': 9.6e-5,  # absolute
+    'warmup_steps': 10_000,
+    'final_learning_rate': 9.6e-5,  # cosine decay from learning_rate to this
+    'adam_b1': 0.9,
+    'adam_b2': 0.999,
+    'weight_decay': 0.01,
+    'gradient_clip': 1.0,  # of the global norm; 0: none
+    'on_non_finite': 'stop',  # a loss or gradient that is not finite: 'stop', or 'skip' the update and count it
+    'ema_decay': 0.9999,
+    'log_every': 100,  # steps; 0: never
+    'evaluate_every': 5_000,
+    'sample_every': 10_000,
+    'checkpoint_every': 5_000,
+    'keep_checkpoints': 3,  # the newest so many
+    'evaluation_faces': 1_000,  # how many validation faces an evaluation looks at
+  }
+  if changes.keys() - keys.keys():
+    raise KeyError(*(changes.keys() - keys.keys()))
+  return {**keys, **changes}
+
+
 def get_config() -> ConfigDict:
   """The base configuration; not meant to be run by itself."""
   return ConfigDict(
@@ -41,24 +72,19 @@ def get_config() -> ConfigDict:
             'dropout': 0.1,
           },
           'dice_weight': 0.5,  # of the soft Dice loss, beside cross-entropy; 0: none
-          'training': {
-            'batch_size': 32,
-            'num_steps': 20_000,
-            'learning_rate': 1e-3,
-            'warmup_steps': 500,
-            'final_learning_rate': 0.0,
-            'adam_b1': 0.9,
-            'adam_b2': 0.999,
-            'weight_decay': 0.05,
-            'gradient_clip': 1.0,
-            'ema_decay': 0.999,
-            'log_every': 100,
-            'evaluate_every': 1_000,
-            'sample_every': 5_000,
-            'checkpoint_every': 1_000,
-            'keep_checkpoints': 1,
-            'evaluation_faces': 1_000,
-          },
+          'training': training(
+            batch_size=32,
+            num_steps=20_000,
+            learning_rate=1e-3,
+            warmup_steps=500,
+            final_learning_rate=0.0,
+            weight_decay=0.05,
+            ema_decay=0.999,
+            evaluate_every=1_000,
+            sample_every=5_000,
+            checkpoint_every=1_000,
+            keep_checkpoints=2,
+          ),
         },
         'classifier': {
           'model': {
@@ -68,24 +94,19 @@ def get_config() -> ConfigDict:
             'num_res_blocks': 2,
             'dropout': 0.2,
           },
-          'training': {
-            'batch_size': 64,
-            'num_steps': 10_000,
-            'learning_rate': 1e-3,
-            'warmup_steps': 500,
-            'final_learning_rate': 0.0,
-            'adam_b1': 0.9,
-            'adam_b2': 0.999,
-            'weight_decay': 0.05,
-            'gradient_clip': 1.0,
-            'ema_decay': 0.999,
-            'log_every': 100,
-            'evaluate_every': 1_000,
-            'sample_every': 5_000,
-            'checkpoint_every': 1_000,
-            'keep_checkpoints': 1,
-            'evaluation_faces': 1_000,
-          },
+          'training': training(
+            batch_size=64,
+            num_steps=10_000,
+            learning_rate=1e-3,
+            warmup_steps=500,
+            final_learning_rate=0.0,
+            weight_decay=0.05,
+            ema_decay=0.999,
+            evaluate_every=1_000,
+            sample_every=5_000,
+            checkpoint_every=1_000,
+            keep_checkpoints=2,
+          ),
         },
         # Of the faces that both are trained on, each by amounts of its own.
         'augmentation': {
@@ -119,22 +140,20 @@ def get_config() -> ConfigDict:
           'discriminator_layers': 3,
         },
         'training': {
-          'batch_size': 32,
-          'num_steps': 200_000,
-          'learning_rate': 1e-4,
-          'warmup_steps': 1_000,
-          'final_learning_rate': 0.0,  # cosine decay from learning_rate to this
-          'adam_b1': 0.5,
-          'adam_b2': 0.9,
-          'weight_decay': 0.0,
-          'gradient_clip': 1.0,
-          'ema_decay': 0.9999,
-          'log_every': 100,
-          'evaluate_every': 5_000,
-          'sample_every': 5_000,
-          'checkpoint_every': 5_000,
-          'keep_checkpoints': 3,
-          'evaluation_faces': 1_000,  # how many validation faces an evaluation looks at
+          **training(
+            batch_size=32,
+            num_steps=200_000,
+            learning_rate=1e-4,
+            warmup_steps=1_000,
+            final_learning_rate=0.0,
+            adam_b1=0.5,
+            adam_b2=0.9,
+            weight_decay=0.0,
+            sample_every=5_000,
+          ),
+          # What the backward pass computes again to save memory: 'none', 'dots' (all but convolutions and
+          # matrix products) or 'blocks' (whole residual and attention blocks).
+          'remat': 'none',
         },
       },
       'latents': {'batch_size': 64},  # images encoded at a time when the cache is built
@@ -177,24 +196,7 @@ def get_config() -> ConfigDict:
           'single_attribute': 0.1,
           'single_region': 0.1,
         },
-        'training': {
-          'batch_size': 48,
-          'num_steps': 500_000,
-          'learning_rate': 9.6e-5,
-          'warmup_steps': 10_000,
-          'final_learning_rate': 9.6e-5,
-          'adam_b1': 0.9,
-          'adam_b2': 0.999,
-          'weight_decay': 0.01,
-          'gradient_clip': 1.0,
-          'ema_decay': 0.9999,
-          'log_every': 100,
-          'evaluate_every': 5_000,
-          'sample_every': 10_000,
-          'checkpoint_every': 5_000,
-          'keep_checkpoints': 3,
-          'evaluation_faces': 1_000,
-        },
+        'training': {**training(), 'remat': 'none'},
       },
       'sampling': {
         # For the sample grids of a run; `python -m p2ldm.sample` has flags of its own.

@@ -5,6 +5,8 @@ import textwrap
 
 from absl import app, flags, logging
 
+from p2ldm import interruptions
+
 
 class UserError(ValueError):
   """Bad usage or bad input; its message names what is at fault and what to do about it."""
@@ -50,6 +52,9 @@ def run(main, flags_parser=None, positional: int = 0):
       fail(error)
     except FloatingPointError as error:  # training diverged; the message says what to do
       fail(error)
+    except interruptions.Interrupted as error:
+      print(f'{error} Give the same command again to go on.', file=sys.stderr)
+      sys.exit(interruptions.EXIT_STATUS)
     except KeyboardInterrupt:
       print('interrupted', file=sys.stderr)
       sys.exit(130)

@@ -4,6 +4,7 @@ Pillow and NumPy only. Images are (..., H, W, 3), float in [-1, 1] or uint8; wha
 PIL image on white.
 """
 
+import io
 import math
 from collections.abc import Sequence
 
@@ -26,6 +27,13 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
     return images
   images = np.nan_to_num(images.astype(np.float32), nan=-1.0)
   return np.round((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)
+
+
+def png(image: np.ndarray) -> bytes:
+  """The PNG file of one picture, (H, W, 3) uint8."""
+  buffer = io.BytesIO()
+  Image.fromarray(image).save(buffer, 'PNG')
+  return buffer.getvalue()
 
 
 def to_pil(images: np.ndarray) -> list[Image.Image]:

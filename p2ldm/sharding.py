@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from p2ldm.errors import UserError
@@ -69,6 +70,28 @@ def state_shardings(shapes, mesh: Mesh):
   return jax.tree.map(shard, shapes)
 
 
+def bytes_per_device(shapes, shardings) -> int:
+  """What one device holds of a tree of `jax.ShapeDtypeStruct` that is laid out by `shardings`."""
+
+  def share(x, sharding):
+    return int(np.prod(sharding.shard_shape(x.shape))) * x.dtype.itemsize
+
+  return sum(jax.tree.leaves(jax.tree.map(share, shapes, shardings)))
+
+
+def local_mesh(mesh: Mesh) -> Mesh:
+  """The mesh of this process' devices alone; the mesh itself where there is one process."""
+  devices = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+  return mesh if len(devices) == mesh.size else make_mesh(devices=devices)
+
+
+def local_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
+  """Which rows of a global batch this process' devices hold: (b,) int64, ascending."""
+  slices = over_batch(mesh).addressable_devices_indices_map((batch_size,)).values()
+  rows = np.arange(batch_size)
+  return np.unique(np.concatenate([rows[index] for index in slices]))
+
+
 def check_batch_size(batch_size: int, mesh: Mesh, key: str):
   """Raises `UserError` unless the global batch splits evenly over the mesh; `key` names the config key."""
   if batch_size < 1 or batch_size % mesh.size:
@@ -77,7 +100,32 @@ def check_batch_size(batch_size: int, mesh: Mesh, key: str):
     )
 
 
-def put_batch(batch, mesh: Mesh):
-  """This process' rows of a batch (NumPy arrays) as global arrays, split over all devices."""
+def put_rows(batch, mesh: Mesh):
+  """The rows `local_rows` of a batch (NumPy arrays) as global arrays, split over all devices."""
   sharding = over_batch(mesh)
   return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def put_batch(batch, mesh: Mesh):
+  """A whole batch (NumPy arrays, the same in every process) as global arrays, split over all devices."""
+  sharding = over_batch(mesh)
+
+  def put(x):
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+  return jax.tree.map(put, batch)
+
+
+def gather(tree):
+  """Arrays that other processes hold parts of, as whole ones on this host. All processes must call it.
+
+  What this process holds anyway stays where it is.
+  """
+
+  def whole(x):
+    if not isinstance(x, jax.Array) or x.is_fully_addressable:
+      return x
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+  return jax.tree.map(whole, tree)

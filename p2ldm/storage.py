@@ -28,19 +28,24 @@ def as_path(path) -> epath.Path:
   return epath.Path(path)
 
 
-def write_text(path, text: str):
+def write_bytes(path, content: bytes):
   """Writes a file, whole or not at all; one that is there is replaced. Its folder is made."""
   path = as_path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   if is_remote(path):
-    path.write_text(text)  # objects appear when they are complete
+    path.write_bytes(content)  # objects appear when they are complete
     return
   partial = pathlib.Path(f'{path}.{os.getpid()}.partial')
   try:
-    partial.write_text(text)
+    partial.write_bytes(content)
     partial.replace(path)
   finally:
     partial.unlink(missing_ok=True)
+
+
+def write_text(path, text: str):
+  """Writes a text file as `write_bytes` does."""
+  write_bytes(path, text.encode())
 
 
 def write_json(path, value):

@@ -191,8 +191,10 @@ def labelled(dataset: PreparedDataset, split: str) -> dict[str, np.ndarray]:
   return {'attributes': attributes, 'mask': mask}
 
 
-def face_names(dataset: PreparedDataset, split: str) -> list[str]:
-  """The names of a split's faces in record order; no image is decoded.
+def face_names(
+  dataset: PreparedDataset, split: str, examples: np.ndarray | None = None
+) -> list[str]:
+  """The names of a split's faces in record order, or of the records `examples`; no image is decoded.
 
   Raises:
     UserError: there is no such split, or a record is damaged.
@@ -203,7 +205,8 @@ def face_names(dataset: PreparedDataset, split: str) -> list[str]:
     found = records.__getitems__(indices.tolist())
     return [_deserialize(dataset, record)['name'].decode() for record in found]
 
-  chunks = np.array_split(np.arange(len(records)), max(1, len(records) // 256))
+  examples = np.arange(len(records)) if examples is None else examples
+  chunks = np.array_split(examples, max(1, len(examples) // 256))
   try:
     return [name for names in _read_ahead(look, chunks) for name in names]
   except (OSError, ValueError) as error:

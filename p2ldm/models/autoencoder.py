@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from p2ldm.errors import UserError
-from p2ldm.models.layers import Dtype, GroupNorm, Upsample, torch_init
+from p2ldm.models.layers import Dtype, GroupNorm, Upsample, rematerialized, torch_init
 from p2ldm.models.quantizer import Quantizer
 
 REGULARIZERS = ('vq', 'kl')
@@ -42,6 +42,7 @@ class AutoencoderOutput:
 class Autoencoder(nn.Module):
   """Encoder, regularizer and decoder; the fields are the keys of config.autoencoder.model.
 
+  `remat` is that of the residual blocks in training, see `layers.rematerialized`.
   Images are (B, H, W, 3) in [-1, 1], H and W divisible by f = 2 ** (len(channel_multipliers) - 1);
   latents are (B, H/f, W/f, latent_channels) float32, raw, that is not whitened.
   """
@@ -53,6 +54,7 @@ class Autoencoder(nn.Module):
   regularizer: str = 'vq'
   codebook_size: int = 8192
   codebook_init_range: float = 0.0
+  remat: str = 'none'
   dtype: Dtype = jnp.float32
 
   def setup(self):
@@ -65,8 +67,8 @@ class Autoencoder(nn.Module):
     shape = (self.channels, tuple(self.channel_multipliers), self.num_res_blocks)
     # A KL encoder returns a mean and a log variance for each latent channel.
     encoded = self.latent_channels * (2 if self.regularizer == 'kl' else 1)
-    self.encoder = Encoder(*shape, encoded, self.dtype)
-    self.decoder = Decoder(*shape, self.dtype)
+    self.encoder = Encoder(*shape, encoded, self.remat, self.dtype)
+    self.decoder = Decoder(*shape, self.remat, self.dtype)
     # Next to the latent everything is float32: it costs nothing and keeps the latent's precision.
     self.quant_conv = nn.Conv(encoded, (1, 1), kernel_init=torch_init)
     self.post_quant_conv = nn.Conv(self.latent_channels, (1, 1), kernel_init=torch_init)
@@ -149,17 +151,19 @@ class Encoder(nn.Module):
   channel_multipliers: Sequence[int]
   num_res_blocks: int
   out_channels: int
+  remat: str = 'none'
   dtype: Dtype = jnp.float32
 
   @nn.compact
   def __call__(self, image):
     """Residual blocks, downsampled between the levels; attention in the middle."""
+    residual = rematerialized(ResBlock, self.remat)
     last = len(self.channel_multipliers) - 1
     h = _conv3x3(self.channels, self.dtype, 'conv_in')(image)
     for level, multiplier in enumerate(self.channel_multipliers):
       for block in range(self.num_res_blocks):
         name = f'down_{level}_block_{block}'
-        h = ResBlock(self.channels * multiplier, self.dtype, name=name)(h)
+        h = residual(self.channels * multiplier, self.dtype, name=name)(h)
       if level < last:
         h = Downsample(self.dtype, name=f'down_{level}_downsample')(h)
     h = _middle(h, self.dtype)
@@ -173,17 +177,19 @@ class Decoder(nn.Module):
   channels: int
   channel_multipliers: Sequence[int]
   num_res_blocks: int
+  remat: str = 'none'
   dtype: Dtype = jnp.float32
 
   @nn.compact
   def __call__(self, latent):
     """The encoder mirrored, with one residual block more on each level."""
+    residual = rematerialized(ResBlock, self.remat)
     h = _conv3x3(self.channels * self.channel_multipliers[-1], self.dtype, 'conv_in')(latent)
     h = _middle(h, self.dtype)
     for level, multiplier in reversed(list(enumerate(self.channel_multipliers))):
       for block in range(self.num_res_blocks + 1):
         name = f'up_{level}_block_{block}'
-        h = ResBlock(self.channels * multiplier, self.dtype, name=name)(h)
+        h = residual(self.channels * multiplier, self.dtype, name=name)(h)
       if level > 0:
         h = Upsample(self.dtype, name=f'up_{level}_upsample')(h)
     features = nn.silu(GroupNorm(dtype=self.dtype, name='norm_out')(h))

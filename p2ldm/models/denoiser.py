@@ -46,11 +46,12 @@ class Denoiser(nn.Module):
     attributes: strategy: 'cross_attention', 'timestep' or 'none'.
     mask: strategy: 'cross_attention', 'concatenation' or 'none'.
     condition_encoder: fields of `ConditionEncoder`, without those about the labels.
-    unet: fields of `UNet`, without out_channels, use_context and dtype.
+    unet: fields of `UNet`, without out_channels, use_context, remat and dtype.
     num_attributes: A.
     num_classes: K.
     latent_channels: C.
     latent_factor: f, image size by latent size; a power of two, for the strategy 'concatenation'.
+    remat: of the U-Net's blocks in training, see `layers.rematerialized`.
     dtype: of the computation; parameters are float32.
   """
 
@@ -62,6 +63,7 @@ class Denoiser(nn.Module):
   num_classes: int
   latent_channels: int
   latent_factor: int = 4
+  remat: str = 'none'
   dtype: Dtype = jnp.float32
 
   def setup(self):
@@ -98,6 +100,7 @@ class Denoiser(nn.Module):
       **self.unet,
       out_channels=self.latent_channels,
       use_context=use_attributes or use_mask,
+      remat=self.remat,
       dtype=self.dtype,
     )
 

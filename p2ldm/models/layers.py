@@ -52,6 +52,33 @@ class Upsample(nn.Module):
     return nn.Conv(x.shape[-1], (3, 3), kernel_init=torch_init, dtype=self.dtype, name='conv')(x)
 
 
+REMAT = ('none', 'blocks', 'dots')
+
+
+def rematerialized(kind: type[nn.Module], policy: str, static_argnums: tuple[int, ...] = ()):
+  """A module whose activations are not all kept for the backward pass, but computed again there.
+
+  Args:
+    kind: a class of modules; parameters and results stay the same.
+    policy: 'none' keeps all activations; 'dots' those of convolutions and matrix products, which cost most to
+      compute; 'blocks' only what enters the module.
+    static_argnums: of its __call__, counted from self = 0: Python values.
+
+  Raises:
+    UserError: there is no such policy.
+  """
+  if policy not in REMAT:
+    raise UserError(f'remat is {policy!r}; choose from {", ".join(REMAT)}.')
+  if policy == 'none':
+    return kind
+  saved = {'dots': _is_product, 'blocks': None}[policy]
+  return nn.remat(kind, policy=saved, static_argnums=static_argnums)
+
+
+def _is_product(primitive, *_, **__) -> bool:
+  return primitive in (jax.lax.dot_general_p, jax.lax.conv_general_dilated_p)
+
+
 def resolve_dtype(name: str) -> Dtype:
   """The dtype of a config's `compute_dtype`.
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from p2ldm.errors import UserError
 from p2ldm.models.attention import AttentionBlock, SpatialTransformer
-from p2ldm.models.layers import Dtype, GroupNorm
+from p2ldm.models.layers import Dtype, GroupNorm, rematerialized
 
 Conv = functools.partial(nn.Conv, kernel_size=(3, 3), padding=1)
 
@@ -142,6 +142,7 @@ class UNet(nn.Module):
     dropout: rate in the residual blocks.
     out_channels: of the prediction.
     use_context: SpatialTransformers with cross-attention; without it, plain self-attention.
+    remat: of the blocks in training, see `layers.rematerialized`.
     dtype: of the computation; norms, softmax, the timestep's layers and the last conv are float32.
   """
 
@@ -154,13 +155,14 @@ class UNet(nn.Module):
   dropout: float
   out_channels: int
   use_context: bool
+  remat: str = 'none'
   dtype: Dtype = jnp.float32
 
   def setup(self):
     """Declares the layers."""
     self._check_fields()
     block = functools.partial(
-      Block,
+      rematerialized(Block, self.remat, static_argnums=(4,)),
       head_channels=self.head_channels,
       transformer_depth=self.transformer_depth,
       dropout=self.dropout,

@@ -20,7 +20,7 @@ from p2ldm.models.discriminator import PatchDiscriminator
 from p2ldm.models.perceptual import load_lpips
 from p2ldm.training.metrics import Means
 from p2ldm.training.state import TrainState, adamw
-from p2ldm.training.task import Task
+from p2ldm.training.task import Task, names_in_batch
 
 NUM_PICTURES = 8
 
@@ -35,6 +35,7 @@ def make_task(config, model: Autoencoder, dataset, mesh) -> Task:
     mesh: the device mesh, for the evaluation's batches.
   """
   training, loss = config.autoencoder.training, config.autoencoder.loss
+  split, rows = config.data.train_split, sharding.local_rows(training.batch_size, mesh)
   perceptual = load_lpips() if loss.perceptual_weight else None
   if loss.perceptual_weight and perceptual is None:
     print(
@@ -66,17 +67,14 @@ def make_task(config, model: Autoencoder, dataset, mesh) -> Task:
     optimizer=optimizer,
     averaged=('autoencoder',),
     frozen=perceptual,
-    step=functools.partial(
-      train_step,
-      model=model,
-      discriminator=discriminator,
-      loss=loss.to_dict(),
-      optimizer=optimizer,
-      ema_decay=training.ema_decay,
+    prepare=lambda batch, key: {'image': batch['image']},
+    gradients=functools.partial(
+      gradients, model=model, discriminator=discriminator, loss=loss.to_dict()
     ),
     train_batches=lambda first: train_batches(
-      dataset, config.data.train_split, training.batch_size, config.seed, config.data.flip, first
+      dataset, split, training.batch_size, config.seed, config.data.flip, first, rows=rows
     ),
+    face_names=functools.partial(names_in_batch, config, training, dataset, None),
     evaluate=Evaluation(config, model, dataset, mesh),
     draw=functools.partial(draw_reconstructions, config, jax.jit(model.apply), dataset),
   )
@@ -91,29 +89,25 @@ def label_networks(params: dict) -> dict:
   return {name: label(name) for name in params}
 
 
-def train_step(state: TrainState, batch, key, perceptual, *, model, discriminator, loss, optimizer,
-               ema_decay):  # fmt: skip
-  """One update of the autoencoder and, where there is one, of the discriminator.
+def gradients(state: TrainState, rows, key, perceptual, *, model, discriminator, loss):
+  """Gradients of the autoencoder and, where there is one, of the discriminator.
 
   Args:
     state: params has 'autoencoder' and perhaps 'discriminator'.
-    batch: {image: (B, H, W, 3) float32}.
-    key: of the run.
+    rows: {image: (B, H, W, 3) float32}.
+    key: of the step.
     perceptual: LPIPS as of `load_lpips`, or None.
     model, discriminator: the modules; discriminator may be None.
     loss: config.autoencoder.loss.
-    optimizer: over all parameters.
-    ema_decay: of the autoencoder's moving average.
   """
-  image = batch['image']
-  sample_key = jax.random.fold_in(key, state.step)
+  image = rows['image']
   factor = discriminator_factor(state.step, loss['discriminator_start'])
 
   def judge(params, x):
     return discriminator.apply({'params': params}, x)
 
   def autoencoder_loss(params):
-    output = model.apply({'params': params}, image, sample_key)
+    output = model.apply({'params': params}, image, key)
     of_image = image_loss(
       image,
       output.reconstruction,
@@ -153,8 +147,7 @@ def train_step(state: TrainState, batch, key, perceptual, *, model, discriminato
     )(state.params['discriminator'])
     metrics['logits_real'], metrics['logits_fake'] = logits
     metrics['adaptive_weight'] = of_image.adaptive_weight
-  metrics['gradient_norm'] = optax.tree.norm(grads)
-  return state.update(grads, optimizer, ema_decay), metrics
+  return grads, metrics
 
 
 class Evaluation:
@@ -166,7 +159,9 @@ class Evaluation:
     self._batch_size = config.autoencoder.training.batch_size
     self._num_faces = config.autoencoder.training.evaluation_faces
     self._codebook_size = model.codebook_size if model.regularizer == 'vq' else None
-    self._reconstruct = jax.jit(functools.partial(self._measure, model))
+    self._reconstruct = jax.jit(
+      functools.partial(self._measure, model), out_shardings=sharding.replicated(mesh)
+    )
 
   @staticmethod
   def _measure(model, params, image, perceptual):

@@ -12,11 +12,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from p2ldm import sharding
 from p2ldm.data.labels import UNSPECIFIED
 from p2ldm.data.latents import LatentCache, LatentDataset
+from p2ldm.data.order import batch_examples
 from p2ldm.diffusion.loss import denoising_loss, loss_weights, unspecify
 from p2ldm.diffusion.schedule import Schedule, q_sample, target
 from p2ldm.models.denoiser import Denoiser
@@ -44,7 +44,7 @@ def make_task(
   """
   training, train = config.diffusion.training, cache.splits['train']
   weights = loss_weights(schedule, config.diffusion)
-  optimizer = adamw(training)
+  rows = sharding.local_rows(training.batch_size, mesh)
   loss = functools.partial(
     noised_loss,
     denoiser=denoiser,
@@ -52,7 +52,6 @@ def make_task(
     weights=weights,
     prediction=config.diffusion.prediction,
   )
-  probabilities = config.diffusion.unspecify.to_dict()
 
   def init(key):
     example = train.batch(np.zeros(1, np.int64))
@@ -69,20 +68,21 @@ def make_task(
     name='diffusion',
     training=training,
     init=init,
-    optimizer=optimizer,
+    optimizer=adamw(training),
     averaged=('denoiser',),
     frozen=None,
-    step=functools.partial(
-      train_step,
-      loss=loss,
-      optimizer=optimizer,
-      probabilities=probabilities,
+    prepare=functools.partial(
+      prepare,
+      probabilities=config.diffusion.unspecify.to_dict(),
       num_timesteps=schedule.num_timesteps,
       num_classes=cache.schema.num_classes,
-      ema_decay=training.ema_decay,
     ),
+    gradients=functools.partial(gradients, loss=loss),
     train_batches=lambda first: train.train_batches(
-      training.batch_size, config.seed, config.data.flip, first
+      training.batch_size, config.seed, config.data.flip, first, rows
+    ),
+    face_names=lambda step: train.names(
+      batch_examples(config.seed, step, training.batch_size, len(train), False)[0]
     ),
     evaluate=Evaluation(config, loss, schedule.num_timesteps, cache, mesh),
     draw=draw,
@@ -122,28 +122,33 @@ def noised_loss(params, x0, noise, timesteps, attributes, mask, *, dropout_key=N
   return denoising_loss(predicted, wanted, timesteps, weights)
 
 
-def train_step(state: TrainState, batch, key, frozen, *, loss, optimizer, probabilities, num_timesteps,
-               num_classes, ema_decay):  # fmt: skip
-  """One update; batch is {latent, attributes, mask}, key that of the run, frozen is None."""
-  del frozen
-  key = jax.random.fold_in(key, state.step)
-  time_key, noise_key, condition_key, dropout_key = jax.random.split(key, 4)
+def prepare(batch, key, *, probabilities, num_timesteps, num_classes):
+  """Draws noise and timesteps, and unspecifies; batch is {latent, attributes, mask}."""
+  time_key, noise_key, condition_key, _ = jax.random.split(key, 4)
   x0 = batch['latent']
-  timesteps = jax.random.randint(time_key, x0.shape[:1], 0, num_timesteps)
-  noise = jax.random.normal(noise_key, x0.shape, x0.dtype)
   attributes, mask = unspecify(
     condition_key, batch['attributes'], batch['mask'], probabilities, num_classes
   )
+  return {
+    'x0': x0,
+    'noise': jax.random.normal(noise_key, x0.shape, x0.dtype),
+    'timesteps': jax.random.randint(time_key, x0.shape[:1], 0, num_timesteps),
+    'attributes': attributes,
+    'mask': mask,
+  }
+
+
+def gradients(state: TrainState, rows, key, frozen, *, loss):
+  """Gradients of the mean weighted loss; rows are those of `prepare`, frozen is None."""
+  del frozen
+  dropout_key = jax.random.split(key, 4)[3]
 
   def mean_loss(params):
-    weighted, plain = loss(
-      params['denoiser'], x0, noise, timesteps, attributes, mask, dropout_key=dropout_key
-    )
+    weighted, plain = loss(params['denoiser'], **rows, dropout_key=dropout_key)
     return weighted.mean(), plain.mean()
 
   (weighted, plain), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
-  metrics = {'loss': weighted, 'mse': plain, 'gradient_norm': optax.tree.norm(grads)}
-  return state.update(grads, optimizer, ema_decay), metrics
+  return grads, {'loss': weighted, 'mse': plain}
 
 
 class Evaluation:
@@ -166,7 +171,9 @@ class Evaluation:
     self._mesh, self._num_timesteps = mesh, num_timesteps
     self._batch_size = config.diffusion.training.batch_size
     self._num_faces = min(config.diffusion.training.evaluation_faces, len(self._data))
-    self._loss = jax.jit(functools.partial(self._variants, loss))
+    self._loss = jax.jit(
+      functools.partial(self._variants, loss), out_shardings=sharding.replicated(mesh)
+    )
 
   def _variants(self, loss, params, batch, index):
     keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(VALIDATION_SEED)))(index)

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 import p2ldm
+from p2ldm import processes, sharding
 from p2ldm.data.labels import LabelSchema
 from p2ldm.data.prepared import PreparedDataset, labelled
 from p2ldm.errors import UserError
@@ -43,11 +44,11 @@ def run_evaluator(
     UserError: a pretrained evaluator is of another size or schema; the workdir holds none and
       config.stages does not ask for it; the data set has no faces with the labels it takes.
   """
-  directory = workdir / kind
+  directory, local = workdir / kind, sharding.local_mesh(mesh)
   pretrained = config.evaluators.pretrained
   if pretrained:
     parts = evaluator_directory.load(pretrained, kind)
-    evaluator = make_evaluator(parts, mesh, config.compute_dtype)
+    evaluator = make_evaluator(parts, local, config.compute_dtype)
     evaluator.check_image_size(config.data.image_size, 'those of this run')
     for path in (workdir / 'latents', pathlib.Path(config.data.dir)):
       if (path / 'schema.json').exists():
@@ -56,7 +57,7 @@ def run_evaluator(
   if complete(kind, config, workdir):
     print(f'{kind}: complete in {directory}')
     parts = evaluator_directory.load(directory, kind)
-    return make_evaluator(parts, mesh, config.compute_dtype)
+    return make_evaluator(parts, local, config.compute_dtype)
   if kind not in config.stages:
     raise UserError(
       f'config.stages leaves the {kind} out, but {directory} holds no complete one. Add {kind!r} to '
@@ -67,9 +68,11 @@ def run_evaluator(
 
 def complete(kind: str, config, workdir: pathlib.Path) -> bool:
   """Whether the workdir has this evaluator, trained to its last step and exported."""
+  if not processes.is_main():
+    return processes.from_main(False)
   directory, num_steps = workdir / kind, config.evaluators[kind].training.num_steps
   exported = evaluator_directory.exported_step(directory / 'model')
-  return loop.finished(directory, num_steps) and exported == num_steps
+  return processes.from_main(loop.finished(directory, num_steps) and exported == num_steps)
 
 
 def check_labels(kind: str, config, workdir: pathlib.Path, open_data):
@@ -132,19 +135,20 @@ def train_evaluator(
   state = loop.train(task, workdir, mesh, config.seed)
   trained = dataclasses.replace(
     untrained,
-    params=jax.device_get(state.ema_params[kind]),
+    params=jax.device_get(sharding.gather(state.ema_params[kind])),
     provenance=provenance(config, dataset, examples, int(state.step)),
   )
-  evaluator = make_evaluator(trained, mesh, config.compute_dtype)
+  local = sharding.local_mesh(mesh)
+  evaluator = make_evaluator(trained, local, config.compute_dtype)
   ceiling = measure_ceiling(
     evaluator, dataset, config.data.validation_split, examples['validation']
   )
   print(f'{kind}: on held-out faces ' + loop.describe(headline(kind, ceiling)))
-  trained = evaluator_directory.save(
-    directory / 'model', dataclasses.replace(trained, ceiling=ceiling)
-  )
+  trained = dataclasses.replace(trained, ceiling=ceiling)
+  if processes.is_main():
+    trained = evaluator_directory.save(directory / 'model', trained)
   print(f'The {kind} is in {directory / "model"}; pictures are in {directory / "pictures"}.')
-  return make_evaluator(trained, mesh, config.compute_dtype)
+  return make_evaluator(trained, local, config.compute_dtype)
 
 
 def labelled_examples(dataset: PreparedDataset, split: str, kind: str) -> np.ndarray:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from p2ldm import pictures
+from p2ldm import pictures, processes, sharding
 from p2ldm.data.input_pipeline import train_batches
 from p2ldm.data.labels import UNSPECIFIED
 from p2ldm.data.prepared import ordered_batches
@@ -23,7 +23,7 @@ from p2ldm.models.layers import resolve_dtype
 from p2ldm.training.augmentation import augment
 from p2ldm.training.evaluator_pictures import draw_attributes, draw_masks
 from p2ldm.training.state import TrainState, adamw
-from p2ldm.training.task import Task
+from p2ldm.training.task import Task, names_in_batch
 
 NUM_PICTURES = 8
 
@@ -39,10 +39,11 @@ def make_task(config, parts: EvaluatorParts, dataset, examples: dict, mesh) -> T
     mesh: the device mesh, for evaluation.
   """
   kind, section = parts.kind, config.evaluators[parts.kind]
-  training, optimizer = section.training, adamw(section.training)
+  training = section.training
+  rows = sharding.local_rows(training.batch_size, mesh)
   model = parts.make_module(resolve_dtype(config.compute_dtype))
   # The moving average is evaluated as users will: uint8 images in, labels out.
-  evaluator = make_evaluator(parts, mesh, config.compute_dtype)
+  evaluator = make_evaluator(parts, sharding.local_mesh(mesh), config.compute_dtype)
   if kind == 'parser':
     label = 'mask'
     loss = functools.partial(parser_loss, dice_weight=section.dice_weight)
@@ -62,12 +63,16 @@ def make_task(config, parts: EvaluatorParts, dataset, examples: dict, mesh) -> T
       config.data.flip,
       first,
       examples['train'],
+      rows,
     ):
       yield {'image': batch['image'], label: batch[label]}
 
   def evaluate(state: TrainState, frozen=None) -> dict[str, float]:
     del frozen
-    evaluator.replace_params(state.ema_params[kind])
+    params = sharding.gather(state.ema_params[kind])
+    if not processes.is_main():
+      return {}
+    evaluator.replace_params(params)
     chosen = examples['validation'][: training.evaluation_faces]
     figures = measure_ceiling(evaluator, dataset, config.data.validation_split, chosen)
     return headline(kind, figures)
@@ -87,42 +92,39 @@ def make_task(config, parts: EvaluatorParts, dataset, examples: dict, mesh) -> T
     name=kind,
     training=training,
     init=init,
-    optimizer=optimizer,
+    optimizer=adamw(training),
     averaged=(kind,),
     frozen=None,
-    step=functools.partial(
-      train_step,
-      kind=kind,
-      model=model,
-      loss=loss,
-      label=label,
-      amounts=config.evaluators.augmentation.to_dict(),
-      optimizer=optimizer,
-      ema_decay=training.ema_decay,
+    prepare=functools.partial(
+      prepare, label=label, amounts=config.evaluators.augmentation.to_dict()
     ),
+    gradients=functools.partial(gradients, kind=kind, model=model, loss=loss),
     train_batches=batches,
+    face_names=functools.partial(names_in_batch, config, training, dataset, examples['train']),
     evaluate=evaluate,
     draw=draw,
   )
 
 
-def train_step(state: TrainState, batch, key, frozen, *, kind, model, loss, label, amounts, optimizer,
-               ema_decay):  # fmt: skip
-  """One update; batch is {image, mask} or {image, attributes}, key that of the run, frozen is None."""
+def prepare(batch, key, *, label, amounts):
+  """Augments the faces; batch is {image, mask} or {image, attributes}."""
+  image, mask = augment(jax.random.split(key)[0], batch['image'], batch.get('mask'), amounts)
+  return {'image': image, 'labels': mask if label == 'mask' else batch[label]}
+
+
+def gradients(state: TrainState, rows, key, frozen, *, kind, model, loss):
+  """Gradients of the loss; rows are those of `prepare`, frozen is None."""
   del frozen
-  augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
-  image, mask = augment(augment_key, batch['image'], batch.get('mask'), amounts)
-  labels = mask if label == 'mask' else batch[label]
+  dropout_key = jax.random.split(key)[1]
 
   def mean_loss(params):
     logits = model.apply(
-      {'params': params[kind]}, image, deterministic=False, rngs={'dropout': dropout_key}
+      {'params': params[kind]}, rows['image'], deterministic=False, rngs={'dropout': dropout_key}
     )
-    return loss(logits, labels)
+    return loss(logits, rows['labels'])
 
   (value, metrics), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
-  metrics = {'loss': value, **metrics, 'gradient_norm': optax.tree.norm(grads)}
-  return state.update(grads, optimizer, ema_decay), metrics
+  return grads, {'loss': value, **metrics}
 
 
 def parser_loss(logits, mask, dice_weight: float):

@@ -1,26 +1,28 @@
 """The one training loop.
 
 Step s is a function of the state, of batch s and of fold_in(key, s), and the batch is a function of
-(seed, s): a run that stops and starts again makes the very same updates.
+(seed, s): a run that stops and starts again makes the very same updates. SIGTERM ends it after the step at
+hand, with a checkpoint; a loss that is not finite ends it with the last good state, or is skipped.
 """
 
 import collections
 import dataclasses
-import pathlib
 import time
 
 import jax
 import numpy as np
 from clu import parameter_overview
-from PIL import Image
 from tqdm import tqdm
 
-from p2ldm import sharding
+from p2ldm import interruptions, pictures, processes, sharding, storage
 from p2ldm.errors import UserError
-from p2ldm.training.checkpoint import Checkpoints
+from p2ldm.training.checkpoint import Checkpoints, disk_is_full
 from p2ldm.training.metrics import MetricWriter
 from p2ldm.training.state import TrainState
+from p2ldm.training.step import make_step
 from p2ldm.training.task import Task
+
+MAX_SKIPPED = 100  # in a row; then on_non_finite = 'skip' stops too
 
 
 def train(task: Task, workdir, mesh: jax.sharding.Mesh, seed: int, export=None) -> TrainState:
@@ -31,17 +33,18 @@ def train(task: Task, workdir, mesh: jax.sharding.Mesh, seed: int, export=None) 
     workdir: checkpoints, metrics and pictures go to workdir/task.name.
     mesh: from `sharding.make_mesh`.
     seed: of the initialisation and of every step's noise.
-    export: called with the state whenever pictures are due, to write the model.
+    export: called by process 0 with the state, its EMA gathered, whenever pictures are due, to write the model.
 
   Returns:
     The state after the last step.
 
   Raises:
-    UserError: the checkpoint at hand is of another architecture.
-    FloatingPointError: the loss or the gradient became non-finite; the checkpoints are from before.
+    UserError: the checkpoint at hand is of another architecture, or the disk is full.
+    FloatingPointError: the loss or the gradient became non-finite; the state before that step is saved.
+    interruptions.Interrupted: SIGTERM came; the state is saved.
   """
-  directory = pathlib.Path(workdir) / task.name
-  sharding.check_batch_size(task.training.batch_size, mesh, f'{task.name}.training.batch_size')
+  directory = storage.as_path(workdir) / task.name
+  step_fn = make_step(task, mesh)
   init_key, step_key = jax.random.split(jax.random.key(seed))
 
   def create(key):
@@ -54,136 +57,236 @@ def train(task: Task, workdir, mesh: jax.sharding.Mesh, seed: int, export=None) 
     state = checkpoints.restore(shapes, shardings)
     if state is None:
       state = jax.jit(create, out_shardings=shardings)(init_key)
-    if int(state.step) >= task.training.num_steps:
+    if int(state.step) >= task.training.num_steps and not owes(directory, int(state.step)):
       return state
     log_parameters(task, state)
     replicated = sharding.replicated(mesh)
     step_fn = jax.jit(
-      task.step,
+      step_fn,
       in_shardings=(shardings, sharding.over_batch(mesh), replicated, replicated),
       out_shardings=(shardings, replicated),
       donate_argnums=0,
     )
     step_key, frozen = jax.device_put((step_key, task.frozen), replicated)
     task = dataclasses.replace(task, frozen=frozen)
-    return run(task, state, step_fn, step_key, directory, mesh, checkpoints, export)
+    return Run(task, step_fn, step_key, directory, mesh, checkpoints, export).run(state)
+  except OSError as error:
+    if not disk_is_full(error):
+      raise
+    raise UserError(
+      f'The disk of {directory} is full ({error}). Its newest checkpoint, of step '
+      f'{checkpoints.newest_step() or 0}, is whole. Free some space, and give the same command again.'
+    ) from error
   finally:
     checkpoints.close()
 
 
-def run(task, state, step_fn, key, directory, mesh, checkpoints, export):
-  """The steps themselves: dispatches step n, then reads the metrics of step n - 1."""
-  training = task.training
-  first, last = int(state.step), training.num_steps
-  is_main = jax.process_index() == 0
-  writer = MetricWriter(directory, first) if is_main else None
-  log = StepLog(training.batch_size, training.log_every, first, writer)
-  bar = tqdm(
-    total=last, initial=first, desc=task.name, unit='step', disable=not is_main, smoothing=0.05
-  )
-  batches = task.train_batches(first)
+class Run:
+  """The steps of one task, and what is due between them."""
 
-  def due(step, every):
-    return step == last or (every > 0 and step % every == 0)
+  def __init__(self, task, step_fn, key, directory, mesh, checkpoints, export):
+    self._task, self._step_fn, self._key, self._mesh = task, step_fn, key, mesh
+    self._directory, self._checkpoints, self._export = directory, checkpoints, export
 
-  pending, probing = None, task.probe is not None and task.probe_every > 0
-  try:
-    for step in range(first + 1, last + 1):
-      batch = sharding.put_batch(next(batches), mesh)
-      state, metrics = step_fn(state, batch, key, task.frozen)
-      log.add(step - 1, pending, bar)
-      pending = metrics
-      bar.update()
-      if (
-        due(step, training.checkpoint_every)
-        or due(step, training.evaluate_every)
-        or due(step, training.sample_every)
-        or (probing and due(step, task.probe_every))
-      ):
-        log.add(step, pending, bar)  # nothing non-finite is saved or drawn
-        pending = None
-      if due(step, training.evaluate_every):
-        values = task.evaluate(state, task.frozen)
-        if is_main:
-          writer.scalars(step, {f'validation/{name}': value for name, value in values.items()})
-          bar.write(f'{task.name} step {step}: ' + describe(values))
-      if probing and due(step, task.probe_every):
-        values = task.probe(state)
-        if is_main:
-          writer.scalars(step, {f'probe/{name}': value for name, value in values.items()})
-          bar.write(f'{task.name} step {step}, probe: ' + describe(values))
-        log.restart_clock()
-      if due(step, training.sample_every):
-        pictures = task.draw(state)
-        if is_main:
-          for name, picture in pictures.items():
-            save_picture(directory / 'pictures' / f'{name}_{step:07d}.png', picture)
-            writer.image(step, name, picture)
-        if export:
-          export(state)
-      # Last: a run killed during the above makes up for it when it starts again.
-      if due(step, training.checkpoint_every):
-        checkpoints.save(step, state)
-      if due(step, training.evaluate_every) or due(step, training.sample_every):
-        log.restart_clock()
-  finally:
-    bar.close()
-    if writer:
-      writer.close()
-  return state
+  def run(self, state: TrainState) -> TrainState:
+    """Dispatches step n, then reads the metrics of step n - 1, up to the last step."""
+    task, training, first = self._task, self._task.training, int(state.step)
+    self._writer = MetricWriter(self._directory, first) if processes.is_main() else None
+    self._bar = tqdm(
+      total=training.num_steps,
+      initial=first,
+      desc=task.name,
+      unit='step',
+      disable=not processes.is_main(),
+      smoothing=0.05,
+    )
+    self._log = StepLog(task, self._directory, first, self._writer, self._bar)
+    batches, pending = task.train_batches(first), None
+    try:
+      if owes(self._directory, first):
+        self._look(first, state)
+      for step in range(first + 1, training.num_steps + 1):
+        batch = self._log.wait_for(batches)
+        state, metrics = self._step_fn(
+          state, sharding.put_rows(batch, self._mesh), self._key, task.frozen
+        )
+        self._log.add(step - 1, pending)
+        pending = metrics
+        self._bar.update()
+        stop = interruptions.requested() | processes.reached_preemption(step)
+        looks, saves = self._looks_due(step), self._due(step, training.checkpoint_every)
+        if stop or looks or saves:
+          self._log.add(step, pending)  # nothing non-finite is saved or drawn
+          pending = None
+        if stop:
+          self._stop(step, state, bool(looks))
+        if looks:
+          self._look(step, state)
+        # Last: a run killed during the above makes up for it when it starts again.
+        if saves:
+          self._checkpoints.save(step, state)
+    except FloatingPointError:
+      self._save_last_good(state)
+      raise
+    finally:
+      batches.close()
+      self._bar.close()
+      if self._writer:
+        self._writer.close()
+    return state
+
+  def _due(self, step: int, every: int) -> bool:
+    return every > 0 and step % every == 0 or step == self._task.training.num_steps
+
+  def _looks_due(self, step: int) -> list[str]:
+    task, training = self._task, self._task.training
+    every = {'evaluate': training.evaluate_every, 'draw': training.sample_every}
+    if task.probe is not None and task.probe_every > 0:
+      every['probe'] = task.probe_every
+    return [what for what, steps in every.items() if self._due(step, steps)]
+
+  def _look(self, step: int, state: TrainState):
+    """Evaluates, probes, draws and exports, as far as each is due."""
+    due, is_main = self._looks_due(step), processes.is_main()
+    if 'evaluate' in due:
+      values = self._task.evaluate(state, self._task.frozen)
+      if is_main:
+        self._write(step, 'validation', values)
+    if {'probe', 'draw'} & set(due):
+      state = state.replace(ema_params=sharding.gather(state.ema_params))
+    if 'probe' in due and is_main:
+      self._write(step, 'probe', self._task.probe(state))
+    if 'draw' in due and is_main:
+      for name, picture in self._task.draw(state).items():
+        path = self._directory / 'pictures' / f'{name}_{step:07d}.png'
+        storage.write_bytes(path, pictures.png(picture))
+        self._writer.image(step, name, picture)
+      if self._export:
+        self._export(state)
+    if is_main:
+      self._writer.flush()
+      (self._directory / 'owed.json').unlink(missing_ok=True)
+    self._log.restart_clock()
+
+  def _write(self, step: int, kind: str, values: dict):
+    self._writer.scalars(step, {f'{kind}/{name}': value for name, value in values.items()})
+    what = ', probe' if kind == 'probe' else ''
+    self._bar.write(f'{self._task.name} step {step}{what}: ' + describe(values))
+
+  def _stop(self, step: int, state: TrainState, owing: bool):
+    """Saves the state for SIGTERM; what was to be looked at is made up for by the next start."""
+    if owing and processes.is_main():
+      storage.write_json(self._directory / 'owed.json', {'step': step})
+    self._checkpoints.save(step, state)
+    self._checkpoints.wait()
+    raise interruptions.Interrupted(
+      f'{self._task.name} stopped at step {step}, its checkpoint is saved.'
+    )
+
+  def _save_last_good(self, state: TrainState):
+    """The state before the first bad step, which later steps left alone, as that step's predecessor."""
+    if self._log.bad_step is None:
+      return
+    step = self._log.bad_step - 1
+    newest = self._checkpoints.newest_step()
+    if self._task.training.on_non_finite == 'stop' and (newest is None or step > newest):
+      back = {'step': np.int32(step), 'skipped': np.int32(0)}
+      shardings = {name: getattr(state, name).sharding for name in back}
+      self._checkpoints.save(step, state.replace(**jax.device_put(back, shardings)))
+
+
+def owes(directory, step: int) -> bool:
+  """Whether a run that SIGTERM stopped at this step left evaluations and pictures for the next start."""
+  record = storage.read_json(directory / 'owed.json') if processes.is_main() else None
+  return processes.from_main(isinstance(record, dict) and record.get('step') == step)
 
 
 class StepLog:
-  """Collects the metrics of single steps and writes their means every `every` steps."""
+  """Collects the metrics of single steps, writes their means every `log_every` steps, and keeps watch."""
 
-  def __init__(self, batch_size: int, every: int, first: int, writer: MetricWriter | None):
-    self._batch_size, self._every, self._writer = batch_size, every, writer
+  def __init__(self, task: Task, directory, first: int, writer: MetricWriter | None, bar: tqdm):
+    self._task, self._directory, self._writer, self._bar = task, directory, writer, bar
     self._window = collections.defaultdict(list)
-    self._seen = first
+    self._seen, self._in_a_row = first, 0
+    self.bad_step = None
     self.restart_clock()
 
   def restart_clock(self):
     """Leaves what happened since the last step (an evaluation, say) out of the speed."""
     self._clock = time.perf_counter()
-    self._timed = 0
+    self._timed, self._waited = 0, 0.0
 
-  def add(self, step: int, metrics: dict | None, bar: tqdm):
+  def wait_for(self, batches):
+    """The next batch; how long it was waited for counts."""
+    start = time.perf_counter()
+    batch = next(batches)
+    self._waited += time.perf_counter() - start
+    return batch
+
+  def add(self, step: int, metrics: dict | None):
     """Reads the metrics of one step, which waits for that step.
 
     Raises:
-      FloatingPointError: the loss or the gradient norm is not finite.
+      FloatingPointError: the loss or the gradient norm is not finite, and that is not to be skipped, or has
+        been skipped `MAX_SKIPPED` times in a row.
     """
     if metrics is None or step <= self._seen:
       return
     self._seen = step
     metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    for name in ('loss', 'gradient_norm'):
-      if not np.isfinite(metrics[name]):
-        raise FloatingPointError(
-          f'{name} became {metrics[name]} at step {step}. The newest checkpoint is from before that '
-          'step. Lower the learning rate, or look at the batch of this step.'
-        )
-    for name, value in metrics.items():
-      self._window[name].append(value)
+    skipped = metrics.pop('skipped')
+    self._in_a_row = self._in_a_row + 1 if skipped else 0
+    if skipped:
+      self._bad(step, metrics)
+    else:
+      for name, value in metrics.items():
+        self._window[name].append(value)
+    self._window['skipped'].append(skipped)
     self._timed += 1
-    if self._every > 0 and step % self._every == 0:
-      means = {name: float(np.mean(values)) for name, values in self._window.items()}
-      seconds = (time.perf_counter() - self._clock) / max(1, self._timed)
-      means['images_per_second'] = self._batch_size / seconds
-      self._window.clear()
-      self.restart_clock()
-      bar.set_postfix(
-        loss=f'{means["loss"]:.4f}',
-        images_per_s=f'{means["images_per_second"]:.0f}',
-        refresh=False,
+    every = self._task.training.log_every
+    if every > 0 and step % every == 0:
+      self._write(step)
+
+  def _write(self, step: int):
+    means = {name: float(np.mean(values)) for name, values in self._window.items()}
+    means['skipped'] = sum(self._window['skipped'])
+    elapsed = time.perf_counter() - self._clock
+    means['images_per_second'] = self._task.training.batch_size * max(1, self._timed) / elapsed
+    means['waiting_for_data'] = self._waited / elapsed
+    self._window.clear()
+    self.restart_clock()
+    shown = {'loss': f'{means["loss"]:.4f}'} if 'loss' in means else {}
+    shown['images_per_s'] = f'{means["images_per_second"]:.0f}'
+    self._bar.set_postfix(shown, refresh=False)
+    if self._writer:
+      self._writer.scalars(step, {f'train/{name}': value for name, value in means.items()})
+
+  def _bad(self, step: int, metrics: dict):
+    """Notes the faces of a batch that gave no finite loss or gradient."""
+    self.bad_step = step
+    name, value = next(
+      (name, metrics[name]) for name in ('loss', 'gradient_norm') if not np.isfinite(metrics[name])
+    )
+    task, path = self._task, self._directory / 'non_finite' / f'{step:07d}.json'
+    if processes.is_main():
+      record = {'step': step, name: str(value), 'faces': task.face_names(step - 1)}
+      storage.write_json(path, record)
+    if task.training.on_non_finite == 'skip' and self._in_a_row < MAX_SKIPPED:
+      self._bar.write(
+        f'{task.name} step {step}: {name} is {value}, so it makes no update; see {path}'
       )
-      if self._writer:
-        self._writer.scalars(step, {f'train/{name}': value for name, value in means.items()})
+      return
+    rows = f', the last of {self._in_a_row} in a row' if self._in_a_row > 1 else ''
+    raise FloatingPointError(
+      f'{task.name}: {name} became {value} at step {step}{rows}. The state before that is saved as the '
+      f'newest checkpoint, and the faces of its batch are listed in {path}. Look at them, lower the learning '
+      f'rate, or have such updates skipped with on_non_finite = "skip" in the training section of the config.'
+    )
 
 
 def log_parameters(task: Task, state: TrainState):
   """Prints how many parameters each network has."""
-  if jax.process_index() == 0:
+  if processes.is_main():
     for name, params in state.params.items():
       tqdm.write(
         f'{task.name}: {name} has {parameter_overview.count_parameters(params):,} parameters'
@@ -204,17 +307,9 @@ def describe(values: dict[str, float]) -> str:
   return ', '.join(shown)
 
 
-def save_picture(path: pathlib.Path, picture: np.ndarray):
-  """Writes (H, W, 3) uint8 as PNG, whole or not at all."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_suffix('.partial')
-  Image.fromarray(picture).save(partial, 'PNG')
-  partial.rename(path)
-
-
 def finished(directory, num_steps: int) -> bool:
   """Whether a task's checkpoints in `directory` reach its last step."""
-  path = pathlib.Path(directory) / 'checkpoints'
+  path = storage.as_path(directory) / 'checkpoints'
   if not path.is_dir():
     return False
   steps = [int(p.name) for p in path.iterdir() if p.name.isdigit()]

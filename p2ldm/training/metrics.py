@@ -4,17 +4,18 @@ The event files are written with TensorBoard's own writer: the one in `clu.metri
 TensorFlow, which only the tf.data pipeline may do here. Means over batches are `clu.metrics`'.
 """
 
-import io
 import json
 import pathlib
+import tempfile
 import time
 
 import numpy as np
 from clu import metrics as clu_metrics
-from PIL import Image
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from p2ldm import pictures, storage
 
 
 class MetricWriter:
@@ -27,8 +28,17 @@ class MetricWriter:
       directory: the task's.
       first_step: the step a run goes on from; what an interrupted run wrote beyond it is dropped.
     """
+    self._directory, self._folder = storage.as_path(directory), None
     path = pathlib.Path(directory)
+    if storage.is_remote(
+      directory
+    ):  # files in a bucket do not grow: these are copied there by `flush`
+      self._folder = tempfile.TemporaryDirectory()
+      path = pathlib.Path(self._folder.name)
+      if (self._directory / 'metrics.jsonl').exists():
+        (path / 'metrics.jsonl').write_bytes((self._directory / 'metrics.jsonl').read_bytes())
     path.mkdir(parents=True, exist_ok=True)
+    self._local = path
     self._events = EventFileWriter(str(path), flush_secs=20)
     start = SessionLog(status=SessionLog.START)
     self._events.add_event(Event(step=first_step + 1, wall_time=time.time(), session_log=start))
@@ -36,7 +46,7 @@ class MetricWriter:
     if file.exists():
       rows = [row for row in file.read_text().splitlines() if row.endswith('}')]
       kept = [row for row in rows if json.loads(row)['step'] <= first_step]
-      file.write_text(''.join(f'{row}\n' for row in kept))
+      storage.write_text(file, ''.join(f'{row}\n' for row in kept))
     self._lines = file.open('a')
 
   def scalars(self, step: int, values: dict):
@@ -48,21 +58,29 @@ class MetricWriter:
 
   def image(self, step: int, name: str, image: np.ndarray):
     """Writes one picture, (H, W, 3) uint8."""
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, 'PNG')
     proto = Summary.Image(
       height=image.shape[0],
       width=image.shape[1],
       colorspace=3,
-      encoded_image_string=buffer.getvalue(),
+      encoded_image_string=pictures.png(image),
     )
     summary = Summary(value=[Summary.Value(tag=name, image=proto)])
     self._events.add_event(Event(step=step, wall_time=time.time(), summary=summary))
+
+  def flush(self):
+    """Writes out what was added so far."""
+    self._events.flush()
+    if self._folder:
+      for path in self._local.iterdir():
+        storage.write_bytes(self._directory / path.name, path.read_bytes())
 
   def close(self):
     """Flushes and closes both files."""
     self._events.close()
     self._lines.close()
+    if self._folder:
+      self.flush()
+      self._folder.cleanup()
 
 
 class Means:

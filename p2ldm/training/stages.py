@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import p2ldm
-from p2ldm import sharding
+from p2ldm import processes, sharding, storage
 from p2ldm.data.latents import LatentCache, build
 from p2ldm.diffusion.loss import loss_weights
 from p2ldm.diffusion.samplers import SAMPLERS
@@ -28,7 +28,7 @@ from p2ldm.models.autoencoder import Autoencoder
 from p2ldm.models.denoiser import Denoiser
 from p2ldm.models.layers import resolve_dtype
 from p2ldm.pipeline import Pipeline
-from p2ldm.training import diffusion_task, loop
+from p2ldm.training import diffusion_task, loop, step
 from p2ldm.training.evaluator_stages import check_labels, check_size, run_evaluator
 from p2ldm.training.pictures import SampleGrid
 from p2ldm.training.probe import Probe
@@ -66,12 +66,13 @@ def run(config, workdir):
   validate(config, mesh)
   shared = run_before_diffusion(config, workdir, mesh)
   if 'diffusion' in config.stages:
-    run_diffusion(config, pathlib.Path(workdir), mesh, *shared)
+    run_diffusion(config, storage.as_path(workdir), mesh, *shared)
 
 
 def run_before_diffusion(config, workdir, mesh) -> Shared:
   """Runs all stages but the last, as far as the config asks for them."""
-  if not (pathlib.Path(workdir) / 'latents' / 'meta.json').exists():
+  has_cache = (storage.as_path(workdir) / 'latents' / 'meta.json').exists()
+  if not processes.from_main(has_cache):
     open_data(config)  # a missing or unfit data set is reported before anything is written
   workdir = open_workdir(workdir, config)
   evaluators = run_evaluators(config, workdir, mesh)
@@ -88,16 +89,14 @@ def validate(config, mesh):
   unknown = [stage for stage in config.stages if stage not in STAGES]
   if unknown:
     raise UserError(f'config.stages names {unknown[0]!r}; the stages are {", ".join(STAGES)}.')
-  if jax.process_count() > 1:
-    raise UserError(
-      f'This is one of {jax.process_count()} processes, and training runs on the devices of one host.'
-    )
-  evaluators = [f'evaluators.{kind}.training' for kind in EVALUATORS if kind in config.stages]
-  for key in ('autoencoder.training', 'latents', 'diffusion.training', *evaluators):
-    section = config
-    for name in key.split('.'):
-      section = section[name]
-    sharding.check_batch_size(section.batch_size, mesh, f'{key}.batch_size')
+  for kind in EVALUATORS:
+    if kind in config.stages:
+      step.check(config.evaluators[kind].training, mesh, f'evaluators.{kind}')
+  step.check(config.autoencoder.training, mesh, 'autoencoder')
+  step.check(config.diffusion.training, mesh, 'diffusion')
+  sharding.check_batch_size(
+    config.latents.batch_size, sharding.local_mesh(mesh), 'latents.batch_size'
+  )
   schedule = noise_schedule(config)
   loss_weights(schedule, config.diffusion)
   if config.sampling.sampler not in SAMPLERS:
@@ -134,10 +133,12 @@ def open_data(config):
   from p2ldm.data.prepared import open_dataset  # needs tensorflow-datasets
 
   path = pathlib.Path(config.data.dir)
-  if config.data.embedded_faces > 0 and not path.exists():
-    from p2ldm.prepare import prepare_embedded
+  if config.data.embedded_faces > 0:
+    if processes.is_main() and not path.exists():
+      from p2ldm.prepare import prepare_embedded
 
-    prepare_embedded(path, config.data.embedded_faces, config.data.image_size, config.seed)
+      prepare_embedded(path, config.data.embedded_faces, config.data.image_size, config.seed)
+    processes.barrier('the embedded faces are prepared')
   dataset = open_dataset(path, config.data.image_size)
   if dataset.image_size != config.data.image_size:
     raise UserError(
@@ -167,7 +168,7 @@ def run_autoencoder(config, workdir, mesh) -> ModelParts:
   if config.autoencoder.pretrained:
     return model_directory.load(autoencoder_directory(config.autoencoder.pretrained))
   directory, num_steps = workdir / 'autoencoder', config.autoencoder.training.num_steps
-  if loop.finished(directory, num_steps) and exported_step(directory / 'model') == num_steps:
+  if is_complete(directory, directory / 'model', num_steps):
     print(f'autoencoder: complete in {directory}')
     return model_directory.load(directory)
   if 'autoencoder' not in config.stages:
@@ -176,7 +177,11 @@ def run_autoencoder(config, workdir, mesh) -> ModelParts:
       "'autoencoder' to config.stages, or set config.autoencoder.pretrained."
     )
   fields = config.autoencoder.model.to_dict()
-  model = Autoencoder(**fields, dtype=resolve_dtype(config.compute_dtype))
+  model = Autoencoder(
+    **fields,
+    remat=config.autoencoder.training.remat,
+    dtype=resolve_dtype(config.compute_dtype),
+  )
   from p2ldm.training import autoencoder_task  # needs TensorFlow
 
   dataset = open_data(config)
@@ -199,10 +204,11 @@ def run_autoencoder(config, workdir, mesh) -> ModelParts:
         'code_version': p2ldm.__version__,
       },
     },
-    autoencoder=jax.device_get(state.ema_params['autoencoder']),
+    autoencoder=jax.device_get(sharding.gather(state.ema_params['autoencoder'])),
     denoiser=None,
   )
-  model_directory.save(directory / 'model', parts)
+  if processes.is_main():
+    model_directory.save(directory / 'model', parts)
   return parts
 
 
@@ -262,13 +268,12 @@ class Encoder:
 
 def run_diffusion(config, workdir, mesh, trained, cache, evaluators):
   """Trains the diffusion model, probed by the evaluators, and exports it as WORKDIR/model."""
-  num_steps = config.diffusion.training.num_steps
-  model_dir = workdir / 'model'
-  if loop.finished(workdir / 'diffusion', num_steps) and exported_step(model_dir) == num_steps:
+  training, model_dir = config.diffusion.training, workdir / 'model'
+  if is_complete(workdir / 'diffusion', model_dir, training.num_steps):
     print(f'diffusion: complete in {workdir / "diffusion"}; the model is in {model_dir}')
     return
   fields = denoiser_fields(config, cache)
-  denoiser = Denoiser(**fields, dtype=resolve_dtype(config.compute_dtype))
+  denoiser = Denoiser(**fields, remat=training.remat, dtype=resolve_dtype(config.compute_dtype))
   schedule = noise_schedule(config)
   check_origin(workdir / 'diffusion', cache.meta['origin'])
 
@@ -283,8 +288,19 @@ def run_diffusion(config, workdir, mesh, trained, cache, evaluators):
   draw = SampleGrid(config, cache, pipeline)
   probe = Probe(config, cache, pipeline, evaluators) if evaluators else None
   task = diffusion_task.make_task(config, denoiser, schedule, cache, mesh, draw, probe)
-  export(loop.train(task, workdir, mesh, config.seed, export))
+  state = loop.train(task, workdir, mesh, config.seed, export)
+  state = state.replace(ema_params=sharding.gather(state.ema_params))
+  if processes.is_main():
+    export(state)
   print(f'The model is in {model_dir}; pictures are in {workdir / "diffusion" / "pictures"}.')
+
+
+def is_complete(directory, model_dir, num_steps: int) -> bool:
+  """Whether a task is trained to its last step and exported: what process 0 finds."""
+  if not processes.is_main():
+    return processes.from_main(False)
+  trained = loop.finished(directory, num_steps)
+  return processes.from_main(trained and exported_step(model_dir) == num_steps)
 
 
 def exported_step(model_dir: pathlib.Path) -> int | None:

@@ -11,16 +11,18 @@ class TrainState:
   """Everything that a checkpoint holds and that a step replaces.
 
   Attributes:
-    step: () int32, how many updates have been made.
+    step: () int32, how many steps have been made.
     params: {network name: its parameters}, float32.
     ema_params: the moving average of those networks that the task averages; same form.
     opt_state: the optimizer's.
+    skipped: () int32, how many of the steps made no update, their loss or gradient being non-finite.
   """
 
   step: jax.Array
   params: dict
   ema_params: dict
   opt_state: optax.OptState
+  skipped: jax.Array
 
   @classmethod
   def create(cls, params: dict, optimizer: optax.GradientTransformation, averaged: tuple[str, ...]):
@@ -30,6 +32,7 @@ class TrainState:
       params=params,
       ema_params={name: params[name] for name in averaged},
       opt_state=optimizer.init(params),
+      skipped=jnp.zeros((), jnp.int32),
     )
 
   def update(self, grads: dict, optimizer: optax.GradientTransformation, ema_decay: float):
@@ -41,6 +44,7 @@ class TrainState:
       params=params,
       ema_params=average(self.ema_params, params, self.step + 1, ema_decay),
       opt_state=opt_state,
+      skipped=self.skipped,
     )
 
 

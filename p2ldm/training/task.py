@@ -8,6 +8,8 @@ import jax
 import numpy as np
 import optax
 
+from p2ldm.data.order import batch_examples
+from p2ldm.data.prepared import PreparedDataset, face_names
 from p2ldm.training.state import TrainState
 
 Batch = dict[str, Any]  # arrays that lead with the batch axis
@@ -24,11 +26,15 @@ class Task:
     optimizer: over all of these parameters.
     averaged: names of the networks that have a moving average.
     frozen: pytree of arrays that steps and evaluations read and nothing trains (LPIPS, say), or None.
-    step: (state, batch, key, frozen) -> (next state, {name: scalar}); pure, traced once.
+    prepare: (batch, key) -> rows, {name: array that leads with the batch axis}: what is drawn at random
+      for the whole batch (noise, timesteps, augmentation). Pure; key is that of the step.
+    gradients: (state, rows, key, frozen) -> (gradients of the parameters, {name: scalar}, 'loss' among
+      them), means over the rows, which may be a part of the batch. Pure.
     train_batches: first step -> this process' rows of batch `first step`, the one after, ...
-    evaluate: (state, frozen) -> {name: number}, on validation faces.
-    draw: state -> {name: (H, W, 3) uint8 picture}.
-    probe: state -> {name: number}, a costlier evaluation with a rhythm of its own, or None.
+    face_names: step -> the names of the faces in its whole batch.
+    evaluate: (state, frozen) -> {name: number}, on validation faces; all processes call it together.
+    draw: state -> {name: (H, W, 3) uint8 picture}; process 0 calls it.
+    probe: state -> {name: number}, a costlier evaluation with a rhythm of its own, or None; likewise.
     probe_every: steps between two of them; 0 is never.
   """
 
@@ -38,9 +44,30 @@ class Task:
   optimizer: optax.GradientTransformation
   averaged: tuple[str, ...]
   frozen: Any
-  step: Callable[[TrainState, Batch, jax.Array, Any], tuple[TrainState, dict]]
+  prepare: Callable[[Batch, jax.Array], Batch]
+  gradients: Callable[[TrainState, Batch, jax.Array, Any], tuple[dict, dict]]
   train_batches: Callable[[int], Iterator[Batch]]
+  face_names: Callable[[int], list[str]]
   evaluate: Callable[[TrainState, Any], dict[str, float]]
   draw: Callable[[TrainState], dict[str, np.ndarray]]
   probe: Callable[[TrainState], dict[str, float]] | None = None
   probe_every: int = 0
+
+
+def names_in_batch(
+  config, training, dataset: PreparedDataset, examples: np.ndarray | None, step: int
+) -> list[str]:
+  """The names of the faces in a whole batch that `input_pipeline.train_batches` makes.
+
+  Args:
+    config: the whole config of the run.
+    training: the task's section of it.
+    dataset: the prepared data set.
+    examples: (N,) int64, which faces of the training split are trained on; None for all.
+    step: s, from 0.
+  """
+  split = config.data.train_split
+  if examples is None:
+    examples = np.arange(dataset.num_examples(split))
+  chosen, _ = batch_examples(config.seed, step, training.batch_size, len(examples), False)
+  return face_names(dataset, split, examples[chosen])

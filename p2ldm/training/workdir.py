@@ -10,9 +10,13 @@ WORKDIR/
   model/           the model directory, rewritten whenever pictures are drawn
 """
 
+import fcntl
 import json
+import os
 import pathlib
+import socket
 
+from p2ldm import processes, storage
 from p2ldm.errors import UserError
 
 # What may change between a run's beginning and its continuation.
@@ -27,14 +31,15 @@ _FREE = (
   'probe',
   'evaluation',
 )
+_claimed = {}  # the lock files this process holds, by workdir
 _FREE_WHOLE = ('evaluators',)  # sections that a run may have been begun without
 _FREE_TRAINING = ('num_steps', 'learning_rate', 'warmup_steps', 'final_learning_rate', 'log_every',
                   'evaluate_every', 'sample_every', 'checkpoint_every', 'keep_checkpoints',
-                  'evaluation_faces')  # fmt: skip
+                  'evaluation_faces', 'accumulation_steps', 'remat', 'on_non_finite')  # fmt: skip
 
 
 def open_workdir(path, config) -> pathlib.Path:
-  """Makes the workdir, or checks that the one at hand was begun with this config.
+  """Makes and claims the workdir, or checks that the one at hand was begun with this config.
 
   Args:
     path: the folder.
@@ -44,28 +49,25 @@ def open_workdir(path, config) -> pathlib.Path:
     The folder's path.
 
   Raises:
-    UserError: the workdir belongs to another run; the message names the first key that differs.
+    UserError: the workdir belongs to another run (the message names the first key that differs), another
+      one is at work there, or it cannot be written to.
   """
-  if '://' in str(path):
-    raise UserError(f'The workdir {path} is not a local folder; buckets are not supported yet.')
-  path = pathlib.Path(path)
+  path = storage.as_path(path)
+  if processes.is_main():
+    claim(path)
   record = path / 'config.json'
   now = json.loads(config.to_json())
-  if record.exists():
-    then = json.loads(record.read_text())
+  then = storage.read_json(record)
+  if then is not None:
     for key, old, new in differences(then, now):
       if not is_free(key):
         raise UserError(
           f'{path} was begun with {key} = {old!r}, and the config now says {new!r}. Go on with the '
           'old value, or choose another --workdir.'
         )
-  try:
-    path.mkdir(parents=True, exist_ok=True)
-    partial = path / 'config.json.partial'
-    partial.write_text(json.dumps(now, indent=1) + '\n')
-    partial.rename(record)
-  except OSError as error:
-    raise UserError(f'Cannot write to the workdir {path}: {error.strerror}.') from error
+  processes.barrier('the config is compared')
+  if processes.is_main():
+    storage.write_json(record, now)
   return path
 
 
@@ -80,18 +82,47 @@ def check_origin(directory: pathlib.Path, origin: dict):
     UserError: the training there was begun on something else.
   """
   record = directory / 'origin.json'
-  if not record.exists():
-    directory.mkdir(parents=True, exist_ok=True)
-    partial = record.with_suffix('.partial')
-    partial.write_text(json.dumps(origin, indent=1) + '\n')
-    partial.rename(record)
-  then = json.loads(record.read_text())
+  if processes.is_main() and not record.exists():
+    storage.write_json(record, origin)
+  processes.barrier(f'the origin of {directory.name} is written')
+  then = storage.read_json(record) or {}
   for name, fingerprint in origin.items():
     if then.get(name) != fingerprint:
       raise UserError(
         f'The training in {directory} was begun on another {name} than this run has. Delete that folder '
         'to train anew, or choose another --workdir.'
       )
+
+
+def claim(workdir: pathlib.Path):
+  """Makes the workdir, and keeps all other runs out of it until this process ends.
+
+  The lock is the operating system's (flock on WORKDIR/lock): it ends with the process, however that ends.
+  In a bucket there is none.
+
+  Raises:
+    UserError: another run is at work there, or nothing can be written there.
+  """
+  if storage.is_remote(workdir) or str(workdir.absolute()) in _claimed:
+    return
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    file = (workdir / 'lock').open('a+')
+  except OSError as error:
+    raise UserError(f'Cannot write to the workdir {workdir}: {error.strerror}.') from error
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except OSError as error:
+    file.seek(0)
+    holder = file.read().strip() or 'it says no more'
+    file.close()
+    raise UserError(
+      f'Another run is at work in {workdir} ({holder}). Wait for it, stop it, or choose another --workdir.'
+    ) from error
+  file.truncate(0)
+  file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
+  file.flush()
+  _claimed[str(workdir.absolute())] = file
 
 
 def differences(old: dict, new: dict, prefix: str = ''):

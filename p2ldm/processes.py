@@ -1,0 +1,79 @@
+"""Several processes that train one model: how they find one another, and who speaks.
+
+JAX's own engine does the work (`jax.distributed`, GSPMD): each process holds its devices' shards and feeds
+its rows of the global batch. A workdir is shared by all; process 0 alone writes its configs, metrics,
+pictures and models, and prints.
+"""
+
+import os
+import sys
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from p2ldm.errors import UserError
+
+
+def initialize(
+  detect: bool = False,
+  coordinator_address: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+):
+  """Joins the other processes, if there are any; before anything else asks JAX for a device.
+
+  Args:
+    detect: JAX finds the others by itself: on Cloud TPU, under Slurm, Open MPI or Kubernetes.
+    coordinator_address: HOST:PORT of process 0, for where nothing is detected.
+    num_processes: how many there are.
+    process_id: which one this is, from 0.
+
+  Raises:
+    UserError: the three are not given together, or the others cannot be found.
+  """
+  given = [x is not None for x in (coordinator_address, num_processes, process_id)]
+  if any(given) and not all(given):
+    raise UserError(
+      'Give --coordinator_address, --num_processes and --process_id together (the first two alike in every '
+      'process), or --multi_process alone, where JAX can find them out: on Cloud TPU, under Slurm, Open MPI '
+      'or Kubernetes.'
+    )
+  if not any(given) and not detect:
+    return
+  try:
+    jax.distributed.initialize(coordinator_address, num_processes, process_id)
+  except (ValueError, TypeError, RuntimeError) as error:
+    raise UserError(
+      f'The processes did not find one another ({str(error).splitlines()[0]}). Every process must be started '
+      'with the same --coordinator_address (reachable from all of them) and --num_processes, and a '
+      '--process_id of its own from 0; --multi_process needs Cloud TPU, Slurm, Open MPI or Kubernetes.'
+    ) from error
+  if not is_main():
+    sys.stdout = open(os.devnull, 'w')  # progress and results are printed once
+
+
+def is_main() -> bool:
+  """Whether this is process 0, which writes and prints."""
+  return jax.process_index() == 0
+
+
+def barrier(name: str):
+  """Waits until all processes are here."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
+def from_main(value: bool) -> bool:
+  """What process 0 says, in all of them: what each reads from a shared disk may differ for a moment."""
+  if jax.process_count() == 1:
+    return value
+  return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
+
+
+def reached_preemption(step: int) -> bool:
+  """Whether some process was sent SIGTERM, and all have come to the step at which to save and stop.
+
+  To be called at every step. With one process `interruptions.requested` tells; this is always False.
+  """
+  return multihost_utils.reached_preemption_sync_point(step)
