@@ -24,7 +24,7 @@ def training(**changes) -> dict:
     'adam_b2': 0.999,
     'weight_decay': 0.01,
     'gradient_clip': 1.0,  # of the global norm; 0: none
-    'on_non_finite': 'stop',  # a loss or gradient that is not finite: 'stop', or 'skip' the update and count it
+    'on_non_finite': 'stop',  # or 'skip': a non-finite loss or gradient makes no update, and is counted
     'ema_decay': 0.9999,
     'log_every': 100,  # steps; 0: never
     'evaluate_every': 5_000,

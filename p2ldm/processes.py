@@ -50,12 +50,17 @@ def initialize(
       '--process_id of its own from 0; --multi_process needs Cloud TPU, Slurm, Open MPI or Kubernetes.'
     ) from error
   if not is_main():
-    sys.stdout = open(os.devnull, 'w')  # progress and results are printed once
+    sys.stdout = open(os.devnull, 'w')  # noqa: SIM115  progress and results are printed once
 
 
 def is_main() -> bool:
   """Whether this is process 0, which writes and prints."""
   return jax.process_index() == 0
+
+
+def several() -> bool:
+  """Whether more than one process trains."""
+  return jax.process_count() > 1
 
 
 def barrier(name: str):

@@ -33,7 +33,7 @@ def train(task: Task, workdir, mesh: jax.sharding.Mesh, seed: int, export=None) 
     workdir: checkpoints, metrics and pictures go to workdir/task.name.
     mesh: from `sharding.make_mesh`.
     seed: of the initialisation and of every step's noise.
-    export: called by process 0 with the state, its EMA gathered, whenever pictures are due, to write the model.
+    export: called by process 0 with the state, whenever pictures are due, to write the model.
 
   Returns:
     The state after the last step.
