@@ -1,0 +1,166 @@
+"""Checkpoints: bit for bit on any mesh, and every kind of damage is passed over or said."""
+
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from p2ldm import sharding
+from p2ldm.errors import UserError
+from p2ldm.training import checkpoint
+from p2ldm.training.checkpoint import Checkpoints
+
+SHAPES = {
+  'step': jax.ShapeDtypeStruct((), jnp.int32),
+  'kernel': jax.ShapeDtypeStruct((256, 128), jnp.float32),
+  'bias': jax.ShapeDtypeStruct((5,), jnp.float32),
+}
+
+
+def make_state(step, mesh):
+  values = {
+    'step': np.int32(step),
+    'kernel': np.random.default_rng(step).normal(size=(256, 128)).astype(np.float32),
+    'bias': np.arange(5, dtype=np.float32) + step,
+  }
+  return jax.device_put(values, sharding.state_shardings(SHAPES, mesh))
+
+
+def mesh_of(devices, fsdp=1):
+  return sharding.make_mesh(-1, fsdp, jax.devices()[:devices])
+
+
+def restore(directory, mesh):
+  checkpoints = Checkpoints(directory)
+  try:
+    return checkpoints.restore(SHAPES, sharding.state_shardings(SHAPES, mesh))
+  finally:
+    checkpoints.close()
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+  """Checkpoints of the steps 1, 2 and 3."""
+  directory = tmp_path_factory.mktemp('saved') / 'checkpoints'
+  checkpoints = Checkpoints(directory)
+  for step in (1, 2, 3):
+    checkpoints.save(step, make_state(step, mesh_of(8, 8)))
+  checkpoints.close()
+  return directory
+
+
+def files(directory: pathlib.Path) -> list[str]:
+  return sorted(str(p.relative_to(directory)) for p in directory.rglob('*') if p.is_file())
+
+
+def check(state, step):
+  for name, value in make_state(step, mesh_of(1)).items():
+    np.testing.assert_array_equal(state[name], value)
+
+
+@pytest.mark.parametrize('devices', [1, 2, 4, 8])
+def test_what_eight_devices_wrote_restores_on_any_number(saved, devices):
+  state = restore(saved, mesh_of(devices, devices))
+  check(state, 3)
+  assert len(state['kernel'].sharding.device_set) == devices
+
+
+def truncate(path):
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+  """Flips a bit in every 97th byte: headers, indices and values."""
+  content = bytearray(path.read_bytes())
+  for i in range(0, len(content), 97):
+    content[i] ^= 0x10
+  path.write_bytes(content)
+
+
+@pytest.mark.parametrize('harm', [truncate, flip, pathlib.Path.unlink])
+def test_whatever_happens_to_the_newest_checkpoint_its_state_is_exact_or_the_one_before(
+  saved, tmp_path, harm, capsys
+):
+  passed_over = 0
+  for name in files(saved / '3'):
+    directory = tmp_path / name.replace('/', '_') / 'checkpoints'
+    shutil.copytree(saved, directory)
+    harm(directory / '3' / name)
+    state = restore(directory, mesh_of(1))
+    found = int(state['step'])
+    check(state, found)
+    said = capsys.readouterr().out
+    if found == 3:  # the file is not needed: what was restored is what was written
+      assert said == ''
+      continue
+    assert found == 2
+    assert 'step 3' in said and 'damaged' in said and 'Going on from the checkpoint of step 2' in said
+    passed_over += 1
+    # It is set aside, whole as it was found, and its step can be saved again.
+    aside = directory.with_name('checkpoints.damaged') / '3.0'
+    assert aside.is_dir()
+    checkpoints = Checkpoints(directory)
+    checkpoints.save(3, make_state(3, mesh_of(1)))
+    checkpoints.close()
+    check(restore(directory, mesh_of(1)), 3)
+  assert passed_over >= 3  # arrays, their index, the record
+
+
+def test_a_single_flipped_bit_of_a_value_is_found(saved):
+  state = make_state(3, mesh_of(1))
+  before = checkpoint.checksums(state)
+  for bit in (0, 13, 31):
+    words = np.asarray(state['kernel']).view(np.uint32).copy()
+    words[100, 77] ^= np.uint32(1) << np.uint32(bit)
+    after = checkpoint.checksums({**state, 'kernel': words.view(np.float32)})
+    assert (np.asarray(before) != np.asarray(after)).tolist() == [False, True, False]
+
+
+def test_the_checksum_does_not_depend_on_the_sharding():
+  sums = [checkpoint.checksums(make_state(7, mesh_of(n, n))).tolist() for n in (1, 2, 8)]
+  assert sums[0] == sums[1] == sums[2]
+
+
+def test_where_all_are_damaged_it_says_so_and_leaves_them(saved, tmp_path):
+  directory = tmp_path / 'checkpoints'
+  shutil.copytree(saved, directory)
+  for path in directory.rglob('*'):
+    if path.is_file():
+      truncate(path)
+  with pytest.raises(UserError, match='No checkpoint .* can be restored: those of the steps 3, 2, 1'):
+    restore(directory, mesh_of(1))
+  assert {'1', '2', '3'} <= {path.name for path in directory.iterdir()}
+
+
+def test_another_architecture_is_no_damage(saved):
+  shapes = {**SHAPES, 'bias': jax.ShapeDtypeStruct((6,), jnp.float32)}
+  checkpoints = Checkpoints(saved)
+  with pytest.raises(UserError, match='another architecture'):
+    checkpoints.restore(shapes, sharding.state_shardings(shapes, mesh_of(1)))
+  checkpoints.close()
+
+
+def test_what_a_killed_run_left_half_written_is_cleared_away(saved, tmp_path):
+  directory = tmp_path / 'checkpoints'
+  shutil.copytree(saved, directory)
+  half = directory / '4.orbax-checkpoint-tmp-12'
+  shutil.copytree(saved / '3', half)
+  assert int(restore(directory, mesh_of(1))['step']) == 3
+  assert not half.exists()
+
+
+def test_a_full_disk_is_said_with_the_newest_whole_checkpoint(saved, tmp_path, monkeypatch):
+  directory = tmp_path / 'checkpoints'
+  shutil.copytree(saved, directory)
+  checkpoints = Checkpoints(directory)
+
+  def full(*_, **__):
+    raise ValueError('Error writing "d/1": [Errno 28] No space left on device')
+
+  monkeypatch.setattr(checkpoints._manager, 'save', full)
+  with pytest.raises(UserError, match='disk is full.*newest whole one is of step 3'):
+    checkpoints.save(4, make_state(4, mesh_of(1)))
+  checkpoints.close()
