@@ -59,6 +59,9 @@ def get_config() -> ConfigDict:
         'validation_split': 'validation',
         # More than 0: if `dir` does not exist, render this many synthetic faces and prepare them.
         'embedded_faces': 0,
+        # How much of a split may be unreadable: such records are named, counted and left out. 0: the
+        # first one stops the run.
+        'max_corrupt_share': 0.0,
       },
       'evaluators': {
         # A workdir whose parser and classifier are used; '' trains them (stages 'parser', 'classifier').
@@ -156,7 +159,10 @@ def get_config() -> ConfigDict:
           'remat': 'none',
         },
       },
-      'latents': {'batch_size': 64},  # images encoded at a time when the cache is built
+      'latents': {
+        'batch_size': 64,  # images that each process encodes at a time when the cache is built
+        'chunk_size': 1_024,  # records in a chunk, which is made by one process and kept when it is done
+      },
       'denoiser': {
         # How each condition gets in. attributes: 'cross_attention', 'timestep' or 'none';
         # mask: 'cross_attention', 'concatenation' or 'none'.

@@ -97,7 +97,9 @@ def test_whatever_happens_to_the_newest_checkpoint_its_state_is_exact_or_the_one
       assert said == ''
       continue
     assert found == 2
-    assert 'step 3' in said and 'damaged' in said and 'Going on from the checkpoint of step 2' in said
+    assert (
+      'step 3' in said and 'damaged' in said and 'Going on from the checkpoint of step 2' in said
+    )
     passed_over += 1
     # It is set aside, whole as it was found, and its step can be saved again.
     aside = directory.with_name('checkpoints.damaged') / '3.0'
@@ -130,7 +132,9 @@ def test_where_all_are_damaged_it_says_so_and_leaves_them(saved, tmp_path):
   for path in directory.rglob('*'):
     if path.is_file():
       truncate(path)
-  with pytest.raises(UserError, match='No checkpoint .* can be restored: those of the steps 3, 2, 1'):
+  with pytest.raises(
+    UserError, match='No checkpoint .* can be restored: those of the steps 3, 2, 1'
+  ):
     restore(directory, mesh_of(1))
   assert {'1', '2', '3'} <= {path.name for path in directory.iterdir()}
 

@@ -1,7 +1,9 @@
 """tf.data over a prepared data set: batches of image, attributes and mask as NumPy arrays.
 
 The batch of a training step depends on (seed, step) alone, see `order`; records are read by index, so
-that a resumed run goes on at once. TensorFlow is kept off the GPUs, which are JAX's.
+that a resumed run goes on at once. A corrupt record, where the run allows any, gives its place to the next
+readable one of the epoch: the pipeline breaks off there, and begins again at that step without it.
+TensorFlow is kept off the GPUs, which are JAX's.
 """
 
 import atexit
@@ -13,12 +15,13 @@ from collections.abc import Iterator
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')  # unused here, and announced on stderr
 
-import jax
 import numpy as np
 import tensorflow as tf
 
-from p2ldm.data.order import batch_examples, process_slice
-from p2ldm.data.prepared import Batch, PreparedDataset, damaged
+from p2ldm.data.corrupt import CorruptRecords, damaged
+from p2ldm.data.decoding import note_if_corrupt
+from p2ldm.data.order import batch_examples
+from p2ldm.data.prepared import Batch, PreparedDataset
 
 tf.config.set_visible_devices([], 'GPU')
 
@@ -33,10 +36,10 @@ def train_batches(
   flip: bool,
   first_step: int = 0,
   examples: np.ndarray | None = None,
-  process_index: int | None = None,
-  process_count: int | None = None,
+  rows: np.ndarray | None = None,
+  corrupt: CorruptRecords | None = None,
 ) -> Iterator[Batch]:
-  """Training batches without end: this process' rows of steps first_step, first_step + 1, ...
+  """Training batches without end: some rows, or all, of those of steps first_step, first_step + 1, ...
 
   Args:
     dataset: from `open_dataset`.
@@ -46,41 +49,51 @@ def train_batches(
     flip: whether half of the faces are mirrored, with left and right classes swapped.
     first_step: the step of the first batch; earlier ones are not read.
     examples: (N,) int64, the records to train on; None takes all of the split.
-    process_index: by default jax.process_index().
-    process_count: by default jax.process_count().
+    rows: (b,) int64, which rows of the global batch to give; None gives all.
+    corrupt: notes the corrupt records among these rows, which are replaced. None stops at the first.
 
   Returns:
     An iterator of image (b, S, S, 3) float32 in [-1, 1], attributes (b, A) int8 and mask (b, S, S)
-    uint8, with b = B / process_count. Iterating raises UserError where a record is damaged.
+    uint8. Iterating raises UserError where a record is damaged, or more than `corrupt` allows.
 
   Raises:
-    UserError: there is no such split, or the batch does not divide over the processes.
+    UserError: there is no such split, or batch size or step are out of range.
   """
   if examples is None:
     examples = np.arange(dataset.num_examples(split))
-  num_examples = len(examples)
-  index = jax.process_index() if process_index is None else process_index
-  rows = process_slice(batch_size, index, process_count)
-  batch_examples(seed, first_step, batch_size, num_examples, flip)
+  rows = np.arange(batch_size) if rows is None else rows
+  records = dataset.records(split, check=corrupt is None)
+  batch_examples(seed, first_step, batch_size, len(examples), flip)
 
   def choose(step):
-    indices, flips = batch_examples(seed, int(step), batch_size, num_examples, flip)
+    bad = None if corrupt is None else np.flatnonzero(np.isin(examples, corrupt.indices(split)))
+    indices, flips = batch_examples(seed, int(step), batch_size, len(examples), flip, bad)
     return examples[indices[rows]], flips[rows]
 
-  steps = tf.data.Dataset.range(first_step, np.iinfo(np.int64).max)
-  chosen = steps.map(lambda s: tf.numpy_function(choose, [s], (tf.int64, tf.bool)))
-  return _batches(dataset, split, chosen, rows.stop - rows.start, ('image', 'attributes', 'mask'))
+  def begin(step):
+    steps = tf.data.Dataset.range(step, np.iinfo(np.int64).max)
+    chosen = steps.map(lambda s: tf.numpy_function(choose, [s], (tf.int64, tf.bool)))
+    return _batches(dataset, records, chosen, len(rows), ('image', 'attributes', 'mask'))
+
+  def find_corrupt(step):
+    if corrupt is None:
+      return False
+    found = [note_if_corrupt(dataset, split, records, i, corrupt) for i in choose(step)[0]]
+    return any(found)
+
+  iterator = _guarded(dataset.directory, begin, find_corrupt, first_step)
+  _ITERATORS.add(iterator)
+  return iterator
 
 
 def _batches(
   dataset: PreparedDataset,
-  split: str,
+  records,
   chosen: tf.data.Dataset,
   batch_size: int,
   keys: tuple[str, ...],
-) -> Iterator[Batch]:
+) -> tf.data.Dataset:
   """Reads, decodes and batches the (indices, flips) of `chosen`."""
-  records = dataset.records(split)
   features = dataset.builder.info.features
   flip_table = tf.constant(dataset.schema.flip_table())
 
@@ -108,10 +121,7 @@ def _batches(
   options.threading.max_intra_op_parallelism = 1
   options.deterministic = True
   faces = chosen.map(read_all).unbatch().map(decode, num_parallel_calls=threads)
-  batches = faces.batch(batch_size).prefetch(2).with_options(options)
-  iterator = _guarded(dataset.directory, batches)
-  _ITERATORS.add(iterator)
-  return iterator
+  return faces.batch(batch_size).prefetch(2).with_options(options)
 
 
 def _close_iterators():
@@ -123,9 +133,21 @@ def _close_iterators():
 atexit.register(_close_iterators)
 
 
-def _guarded(directory: pathlib.Path, batches: tf.data.Dataset) -> Iterator[Batch]:
+def _guarded(directory: pathlib.Path, begin, find_corrupt, step: int) -> Iterator[Batch]:
+  """The batches of `begin(step)`; where they break off, those of a pipeline begun anew at that step.
+
+  Args:
+    directory: of the data set.
+    begin: step -> its batch, the next one's, ...
+    find_corrupt: step -> whether a corrupt record in its batch has been noted, and will be replaced.
+    step: the first.
+  """
   damage = tf.errors.OpError  # a local name outlives the module when the interpreter shuts down
-  try:
-    yield from batches.as_numpy_iterator()
-  except damage as error:
-    raise damaged(directory, error) from error
+  while True:
+    try:
+      for batch in begin(step).as_numpy_iterator():
+        yield batch
+        step += 1
+    except damage as error:
+      if not find_corrupt(step):
+        raise damaged(directory, error) from error

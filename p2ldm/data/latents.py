@@ -1,29 +1,31 @@
-"""The latent cache: every face and its mirror image encoded once, memory-mapped, read without TensorFlow.
+"""The latent cache, opened: every face and its mirror image encoded once, read without TensorFlow.
 
-    CACHE/meta.json                    counts, statistics, what it was made from
-    CACHE/schema.json
-    CACHE/{split}/latents.npy          (N, 2, h, w, C) float32, raw: [i, 0] the face, [i, 1] its mirror image
-    CACHE/{split}/masks.npy            (N, H, W) uint8
-    CACHE/{split}/attributes.npy       (N, A) int8
-    CACHE/{split}/images.npy           (M, H, W, 3) uint8, the first faces of the split, for pictures
-
-On disk latents are raw; batches carry them whitened, (raw - mean) / std per channel, with the
-statistics of the training split's faces and mirror images.
+On disk (see `latent_chunks`) latents are raw; batches carry them whitened, (raw - mean) / std per channel,
+with the statistics of the training split's faces and mirror images.
 """
 
 import dataclasses
-import json
+import itertools
 import pathlib
-import shutil
+from collections.abc import Iterator
 
 import numpy as np
-from tqdm import tqdm
 
+from p2ldm import storage
 from p2ldm.data import order
 from p2ldm.data.labels import LabelSchema
+from p2ldm.data.latent_chunks import (
+  CHUNK,
+  META,
+  SCHEMA,
+  DamagedCache,
+  chunk_name,
+  damaged_files,
+  describe,
+  read_sealed,
+)
+from p2ldm.data.read_ahead import read_ahead
 from p2ldm.errors import UserError
-
-NUM_IMAGES = 64  # photographs kept beside the latents of each split
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,23 +45,36 @@ class LatentStatistics:
 
 
 class LatentDataset:
-  """One split of a cache, memory-mapped."""
+  """One split of a cache, memory-mapped chunk by chunk."""
 
-  def __init__(self, directory: pathlib.Path, statistics: LatentStatistics, schema: LabelSchema):
+  def __init__(
+    self, folders: list[pathlib.Path], statistics: LatentStatistics, schema: LabelSchema
+  ):
+    """Args: `folders` of the chunks that have faces, in order."""
     self.statistics, self.schema = statistics, schema
-    self._latents = np.load(directory / 'latents.npy', mmap_mode='r')
-    self._masks = np.load(directory / 'masks.npy', mmap_mode='r')
-    self._attributes = np.load(directory / 'attributes.npy')
-    self._images = np.load(directory / 'images.npy', mmap_mode='r')
+
+    def load(name, mmap_mode=None):
+      return [np.load(folder / f'{name}.npy', mmap_mode=mmap_mode) for folder in folders]
+
+    self._latents, self._masks = load('latents', 'r'), load('masks', 'r')
+    self._attributes, self._names = (
+      np.concatenate(load('attributes')),
+      np.concatenate(load('names')),
+    )
+    self._stops = np.cumsum([len(latents) for latents in self._latents])
+    images = folders[0] / 'images.npy'
+    self._images = (
+      np.load(images, mmap_mode='r') if images.exists() else np.zeros((0, 1, 1, 3), np.uint8)
+    )
     self._flip_table = schema.flip_table()
 
   def __len__(self):
-    return len(self._latents)
+    return len(self._attributes)
 
   @property
   def latent_shape(self) -> tuple[int, int, int]:
     """(h, w, C) of a latent."""
-    return self._latents.shape[2:]
+    return self._latents[0].shape[2:]
 
   @property
   def num_images(self) -> int:
@@ -70,30 +85,62 @@ class LatentDataset:
     """Photographs (B, H, W, 3) uint8."""
     return self._images[indices]
 
+  def names(self, indices) -> list[str]:
+    """The names of faces, as the prepared data set has them."""
+    return self._names[indices].tolist()
+
   def batch(self, indices: np.ndarray, flips: np.ndarray | None = None) -> dict:
     """The faces at `indices` (B,), mirrored where `flips` (B,) bool.
 
     Returns:
       latent (B, h, w, C) float32 whitened, attributes (B, A) int8, mask (B, H, W) uint8.
     """
+    indices = np.asarray(indices)
     flips = np.zeros(len(indices), bool) if flips is None else flips
-    masks = self._masks[indices]
-    masks = np.where(flips[:, None, None], self._flip_table[masks[:, :, ::-1]], masks)
-    latents = self.statistics.whiten(self._latents[indices, flips.astype(np.int64)])
-    return {
-      'latent': latents.astype(np.float32),
-      'attributes': self._attributes[indices],
-      'mask': masks,
-    }
+    chunks = np.searchsorted(self._stops, indices, side='right')
+    latents = np.empty((len(indices), *self.latent_shape), np.float32)
+    masks = np.empty((len(indices), *self._masks[0].shape[1:]), np.uint8)
+    # Row by row: one copy of each, straight from the page cache; only mirrored masks are looked up.
+    for row, (chunk, flip) in enumerate(zip(chunks, flips, strict=True)):
+      at = indices[row] - self._stops[chunk]  # from the end of the chunk
+      latents[row] = self._latents[chunk][at, int(flip)]
+      mask = self._masks[chunk][at]
+      masks[row] = self._flip_table[mask[:, ::-1]] if flip else mask
+    latents -= self.statistics.mean
+    latents /= self.statistics.std
+    return {'latent': latents, 'attributes': self._attributes[indices], 'mask': masks}
 
-  def train_batches(self, batch_size: int, seed: int, flip: bool, first_step: int = 0):
-    """This process' rows of the batch of step `first_step` (counted from 0), the next one, ..."""
-    rows = order.process_slice(batch_size)
-    step = first_step
-    while True:
+  def train_batches(
+    self,
+    batch_size: int,
+    seed: int,
+    flip: bool,
+    first_step: int = 0,
+    rows: np.ndarray | None = None,
+  ) -> Iterator[dict]:
+    """The batch of step `first_step` (counted from 0), the next one, ..., read ahead in other threads.
+
+    Args:
+      batch_size: B, over all processes.
+      seed: of the order and the flips.
+      flip: whether half of the faces are mirrored.
+      first_step: the step of the first batch; earlier ones are not read.
+      rows: (b,) int64, which rows of the global batch to give; None gives all.
+
+    Returns:
+      An iterator without end of what `batch` returns.
+
+    Raises:
+      UserError: batch size or step are out of range.
+    """
+    rows = slice(None) if rows is None else rows
+    order.batch_examples(seed, first_step, batch_size, len(self), flip)
+
+    def read(step):
       indices, flips = order.batch_examples(seed, step, batch_size, len(self), flip)
-      yield self.batch(indices[rows], flips[rows])
-      step += 1
+      return self.batch(indices[rows], flips[rows])
+
+    return read_ahead(read, itertools.count(first_step), workers=2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,107 +160,78 @@ class LatentCache:
   meta: dict
 
   @classmethod
-  def open(cls, directory) -> 'LatentCache | None':
-    """The cache at `directory`, None if there is none (an unfinished one has no meta.json)."""
-    path = pathlib.Path(directory)
-    if not (path / 'meta.json').exists():
+  def open(cls, directory, origin: dict | None = None) -> 'LatentCache | None':
+    """The cache at `directory`, None if there is none (an unfinished one has no meta.json).
+
+    Args:
+      directory: on a disk or in a bucket; a bucket's is copied to this machine.
+      origin: {what: fingerprint} that it must have been made from.
+
+    Raises:
+      UserError: it was made from something else.
+      DamagedCache: a file is not what was written; all are read and compared with their SHA-256.
+    """
+    if not (storage.as_path(directory) / META).exists():
       return None
-    meta = json.loads((path / 'meta.json').read_text())
+    path = storage.local_copy(directory)
+    meta = read_sealed(path / META)
+    if meta:
+      check_origin(meta, origin or {}, directory)
+    damaged = check_files(path)
+    if damaged and storage.is_remote(directory):
+      for name in damaged:  # the copy may have been damaged since it was made
+        (path / name).unlink(missing_ok=True)
+      damaged = check_files(storage.local_copy(directory))
+      meta = read_sealed(path / META)
+    if damaged:
+      raise DamagedCache(directory, damaged)
     statistics = LatentStatistics(
       np.array(meta['mean'], np.float32), np.array(meta['std'], np.float32)
     )
-    schema = LabelSchema.load(path / 'schema.json')
-    splits = {name: LatentDataset(path / name, statistics, schema) for name in meta['splits']}
+    schema = LabelSchema.from_dict(meta['schema'])
+    splits = {
+      name: LatentDataset(
+        [path / chunk for chunk in chunks if (path / chunk / 'latents.npy').exists()],
+        statistics,
+        schema,
+      )
+      for name, chunks in chunk_names(meta).items()
+      if meta['splits'][name]
+    }
     return cls(statistics, schema, splits, meta)
 
-  def check_origin(self, origin: dict, directory):
-    """Raises `UserError` unless the cache was made from `origin` (fingerprints by name)."""
-    for name, fingerprint in origin.items():
-      if self.meta['origin'].get(name) != fingerprint:
-        raise UserError(
-          f'The latents in {directory} were made from another {name} than this run has. Delete that '
-          'folder to have them made again, or choose another --workdir.'
-        )
 
-
-def build(
-  directory, splits: dict, encode, schema: LabelSchema, origin: dict, about: dict | None = None
-) -> LatentCache:
-  """Encodes the faces of every split and their mirror images.
-
-  Args:
-    directory: where the cache goes; appears only when it is complete.
-    splits: {name: (number of faces, iterator of image batches in order)}; 'train' gives the statistics.
-    encode: image (B, H, W, 3) float32 in [-1, 1] -> raw latent (B, h, w, C) float32.
-    schema: saved with the cache.
-    origin: {what: fingerprint}, e.g. of the autoencoder and the data set.
-    about: what else meta.json shall hold.
-
-  Returns:
-    The cache, opened.
-  """
-  path = pathlib.Path(directory)
-  partial = path.with_name(path.name + '.partial')
-  shutil.rmtree(partial, ignore_errors=True)
-  shutil.rmtree(path, ignore_errors=True)
-  for name, (count, batches) in splits.items():
-    (partial / name).mkdir(parents=True)
-    with tqdm(total=count, desc=f'latents ({name})', unit='face') as bar:
-      encode_split(partial / name, count, batches, encode, bar)
-  mean, std = measure(np.load(partial / 'train' / 'latents.npy', mmap_mode='r'))
-  schema.save(partial / 'schema.json')
-  meta = {
-    **(about or {}),
-    'splits': {name: count for name, (count, _) in splits.items()},
-    'mean': [float(x) for x in mean],
-    'std': [float(x) for x in std],
-    'origin': origin,
+def chunk_names(meta: dict) -> dict[str, list[str]]:
+  """{split: the folders of its chunks, relative to the cache}."""
+  return {
+    split: [chunk_name(split, k) for k in range(count)]
+    for split, count in meta['num_chunks'].items()
   }
-  (partial / 'meta.json').write_text(json.dumps(meta, indent=1) + '\n')
-  partial.rename(path)
-  return LatentCache.open(path)
 
 
-def encode_split(directory: pathlib.Path, count: int, batches, encode, bar: tqdm):
-  """Writes latents.npy, masks.npy, attributes.npy and images.npy of one split.
+def check_files(path: pathlib.Path) -> list[str]:
+  """The damaged files of a cache on this machine, relative to it."""
+  meta = read_sealed(path / META)
+  if meta is None:
+    return [META]
+  names = chunk_names(meta)
+  damaged = damaged_files(path, itertools.chain(*names.values()))
+  if storage.read_json(path / SCHEMA) != meta['schema']:
+    damaged.append(SCHEMA)
+  if not damaged:
+    chunks = {
+      split: [read_sealed(path / name / CHUNK) for name in rows] for split, rows in names.items()
+    }
+    if any(meta[key] != value for key, value in describe(chunks).items()):
+      damaged.append(META)  # of other chunks than these
+  return damaged
 
-  Raises:
-    UserError: more or fewer than `count` faces arrive.
-  """
-  arrays, start = {}, 0
 
-  def write(name, value, at, length=count):
-    if name not in arrays:
-      arrays[name] = np.lib.format.open_memmap(
-        directory / f'{name}.npy', 'w+', value.dtype, (length, *value.shape[1:])
+def check_origin(meta: dict, origin: dict, directory):
+  """Raises `UserError` unless a cache was made from `origin` (fingerprints by name)."""
+  for name, fingerprint in origin.items():
+    if meta['origin'].get(name) != fingerprint:
+      raise UserError(
+        f'The latents in {directory} were made from another {name} than this run has. Delete that '
+        'folder to have them made again, or choose another --workdir.'
       )
-    arrays[name][at : at + len(value)] = value[: length - at]
-
-  for batch in batches:
-    image = batch['image']
-    latents = np.stack([encode(image), encode(image[:, :, ::-1])], axis=1)
-    write('latents', latents.astype(np.float32), start)
-    write('masks', batch['mask'], start)
-    write('attributes', batch['attributes'], start)
-    if start < NUM_IMAGES:
-      pixels = np.clip(np.round((image + 1) * 127.5), 0, 255).astype(np.uint8)
-      write('images', pixels[: NUM_IMAGES - start], start, min(count, NUM_IMAGES))
-    start += len(image)
-    bar.update(len(image))
-  if start != count:
-    raise UserError(
-      f'{directory.name}: {start} faces arrived to be encoded, but the split has {count}. Prepare the data '
-      'set again.'
-    )
-  for array in arrays.values():
-    array.flush()
-
-
-def measure(latents: np.ndarray, chunk: int = 1024) -> tuple[np.ndarray, np.ndarray]:
-  """Mean and standard deviation per channel of (N, 2, h, w, C), summed in float64, chunk by chunk."""
-  count, total, square = 0, 0.0, 0.0
-  for start in range(0, len(latents), chunk):
-    part = latents[start : start + chunk].reshape(-1, latents.shape[-1]).astype(np.float64)
-    count, total, square = count + len(part), total + part.sum(0), square + (part**2).sum(0)
-  mean = total / count
-  return mean, np.sqrt(np.maximum(square / count - mean**2, 1e-12))

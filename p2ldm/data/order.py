@@ -9,14 +9,18 @@ streams of its bit generators stable between releases, which it does not promise
 
 import functools
 
-import jax
 import numpy as np
 
 from p2ldm.errors import UserError
 
 
 def batch_examples(
-  seed: int, step: int, batch_size: int, num_examples: int, flip: bool
+  seed: int,
+  step: int,
+  batch_size: int,
+  num_examples: int,
+  flip: bool,
+  unreadable: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Which examples stand in the global batch of one training step, and which of them are mirrored.
 
@@ -26,18 +30,24 @@ def batch_examples(
     batch_size: B, over all processes; may exceed `num_examples`.
     num_examples: N.
     flip: whether to mirror half of the examples, drawn anew each epoch.
+    unreadable: (n,) int64 examples that are replaced, each by the next readable one of the same epoch's
+      permutation (after the last comes the first). Whoever knows of those up to the readable one, and of
+      whatever else, replaces alike.
 
   Returns:
     (B,) int64 indices in [0, N) and (B,) bool flips.
 
   Raises:
-    UserError: there are no examples, or step or batch size are out of range.
+    UserError: there are no (readable) examples, or step or batch size are out of range.
   """
   if num_examples < 1 or batch_size < 1 or step < 0:
     raise UserError(
       f'Cannot take the batch of step {step}, with {batch_size} examples, from a split of '
       f'{num_examples}: the split needs an example at least, the batch size must be 1 or more.'
     )
+  unreadable = set() if unreadable is None else set(unreadable.tolist())
+  if len(unreadable) >= num_examples:
+    raise UserError(f'None of the {num_examples} examples to train on can be read.')
   positions = step * batch_size + np.arange(batch_size, dtype=np.int64)
   epochs, offsets = np.divmod(positions, num_examples)
   indices = np.empty(batch_size, np.int64)
@@ -48,6 +58,11 @@ def batch_examples(
     indices[rows] = permutation[offsets[rows]]
     if flip:
       flips[rows] = mirrored[offsets[rows]]
+    for row in np.flatnonzero(rows) if unreadable else ():
+      offset = offsets[row]
+      while indices[row] in unreadable:
+        offset = (offset + 1) % num_examples
+        indices[row] = permutation[offset]
   return indices, flips
 
 
@@ -57,21 +72,3 @@ def _epoch(seed: int, epoch: int, num_examples: int) -> tuple[np.ndarray, np.nda
     np.random.PCG64([seed % 2**64, epoch, stream]).random_raw(num_examples) for stream in (0, 1)
   ]
   return np.argsort(words[0], kind='stable'), words[1] >= 2**63
-
-
-def process_slice(
-  batch_size: int, process_index: int | None = None, process_count: int | None = None
-) -> slice:
-  """The rows of a global batch that belong to one process, by default to this one.
-
-  Raises:
-    UserError: the batch does not divide evenly over the processes.
-  """
-  index = jax.process_index() if process_index is None else process_index
-  count = jax.process_count() if process_count is None else process_count
-  if batch_size % count:
-    raise UserError(
-      f'The batch size {batch_size} does not divide over {count} processes; choose a multiple.'
-    )
-  rows = batch_size // count
-  return slice(index * rows, (index + 1) * rows)

@@ -6,21 +6,19 @@ data set is opened, for training from cached latents needs neither. Training bat
 `input_pipeline`.
 """
 
-import collections
-import concurrent.futures
 import dataclasses
 import functools
-import io
 import json
-import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from p2ldm.data.corrupt import CorruptRecords, damaged
+from p2ldm.data.decoding import note_if_corrupt, pixels, read_batch
 from p2ldm.data.labels import UNSPECIFIED, LabelSchema
+from p2ldm.data.read_ahead import read_ahead
 from p2ldm.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -80,8 +78,12 @@ class PreparedDataset:
       )
     return self.builder.info.splits[split].num_examples
 
-  def records(self, split: str):
+  def records(self, split: str, check: bool = True):
     """The serialized records of a split, for random access.
+
+    Args:
+      split: its name.
+      check: read one; without it, missing or damaged files come to light with the first record of theirs.
 
     Raises:
       UserError: there is no such split, or its files are missing or damaged.
@@ -93,10 +95,19 @@ class PreparedDataset:
       records = self.builder.as_data_source(
         split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
       )
-      records[count - 1]
+      if check:
+        records[count - 1]
     except Exception as error:
       raise damaged(self.directory, error) from error
     return records
+
+  def deserialize(self, record: bytes) -> dict:
+    """One record as {'image': PNG, 'mask': PNG, 'attributes': (A,) int8, 'name': bytes}."""
+    import tensorflow_datasets as tfds
+
+    as_stored = tfds.decode.SkipDecoding()
+    decoders = {'image': as_stored, 'mask': as_stored}
+    return self.builder.info.features.deserialize_example_np(record, decoders=decoders)
 
 
 def open_dataset(directory, image_size: int = 256) -> PreparedDataset:
@@ -138,6 +149,7 @@ def ordered_batches(
   batch_size: int,
   limit: int | None = None,
   examples: np.ndarray | None = None,
+  corrupt: CorruptRecords | None = None,
 ) -> Iterator[Batch]:
   """The faces of a split in record order, each once, unmirrored; the last batch may be short.
 
@@ -147,11 +159,13 @@ def ordered_batches(
     batch_size: B.
     limit: stop after this many faces; None takes all.
     examples: (N,) int64, which records, in this order; None takes all.
+    corrupt: notes the corrupt records, which are left out: their batch is short, or missing where no
+      record of it can be read. None stops at the first.
 
   Returns:
     An iterator of image (b, S, S, 3) float32 in [-1, 1], attributes (b, A) int8, mask (b, S, S) uint8
     and name (b,) object array of str. Every process gets all faces. Iterating raises UserError where a
-    record is damaged.
+    record is damaged, or more than `corrupt` allows.
 
   Raises:
     UserError: there is no such split.
@@ -160,12 +174,20 @@ def ordered_batches(
     examples = np.arange(dataset.num_examples(split))
   examples = examples[:limit]
   chunks = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
-  records = dataset.records(split)
-  return _read_ahead(functools.partial(_read_batch, dataset, records), chunks)
+  records = dataset.records(split, check=corrupt is None)
+  read = functools.partial(read_batch, dataset, split, records, corrupt)
+  return (batch for batch in read_ahead(read, chunks) if batch is not None)
 
 
-def labelled(dataset: PreparedDataset, split: str) -> dict[str, np.ndarray]:
+def labelled(
+  dataset: PreparedDataset, split: str, corrupt: CorruptRecords | None = None
+) -> dict[str, np.ndarray]:
   """Which faces of a split have labels at all.
+
+  Args:
+    dataset: from `open_dataset`.
+    split: of it.
+    corrupt: notes the corrupt records, which count as having none. None stops at the first.
 
   Returns:
     {'attributes': (N,) bool, 'mask': (N,) bool}: any attribute is not 0, any pixel is not 255.
@@ -173,21 +195,22 @@ def labelled(dataset: PreparedDataset, split: str) -> dict[str, np.ndarray]:
   Raises:
     UserError: there is no such split, or a record is damaged.
   """
-  records = dataset.records(split)
+  records = dataset.records(split, check=corrupt is None)
 
   def look(indices):
-    examples = [_deserialize(dataset, record) for record in records.__getitems__(indices.tolist())]
-    return [
-      (bool(e['attributes'].any()), bool((_pixels(e['mask']) != UNSPECIFIED).any()))
-      for e in examples
-    ]
+    known = np.zeros((len(indices), 2), bool)
+    for row, index in enumerate(indices.tolist()):
+      try:
+        e = dataset.deserialize(records.__getitems__([index])[0])
+        known[row] = e['attributes'].any(), (pixels(e['mask']) != UNSPECIFIED).any()
+      except Exception as error:
+        if corrupt is None:
+          raise damaged(dataset.directory, error) from error
+        note_if_corrupt(dataset, split, records, index, corrupt)
+    return known
 
   chunks = np.array_split(np.arange(dataset.num_examples(split)), max(1, len(records) // 256))
-  try:
-    known = [row for rows in _read_ahead(look, chunks) for row in rows]
-  except (OSError, ValueError) as error:
-    raise damaged(dataset.directory, error) from error
-  attributes, mask = np.array(known, bool).reshape(-1, 2).T
+  attributes, mask = np.concatenate(list(read_ahead(look, chunks))).T
   return {'attributes': attributes, 'mask': mask}
 
 
@@ -203,61 +226,11 @@ def face_names(
 
   def look(indices):
     found = records.__getitems__(indices.tolist())
-    return [_deserialize(dataset, record)['name'].decode() for record in found]
+    return [dataset.deserialize(record)['name'].decode() for record in found]
 
   examples = np.arange(len(records)) if examples is None else examples
   chunks = np.array_split(examples, max(1, len(examples) // 256))
   try:
-    return [name for names in _read_ahead(look, chunks) for name in names]
-  except (OSError, ValueError) as error:
+    return [name for names in read_ahead(look, chunks) for name in names]
+  except Exception as error:  # of array_record, of protocol buffers, of TFDS
     raise damaged(dataset.directory, error) from error
-
-
-def _read_batch(dataset: PreparedDataset, records, indices: np.ndarray) -> Batch:
-  try:
-    examples = [_deserialize(dataset, record) for record in records.__getitems__(indices.tolist())]
-    images = np.stack([_pixels(example['image']) for example in examples])
-    masks = np.stack([_pixels(example['mask']) for example in examples])
-  except Exception as error:
-    raise damaged(dataset.directory, error) from error
-  return {
-    'image': images.astype(np.float32) / np.float32(127.5) - np.float32(1.0),
-    'attributes': np.stack([example['attributes'] for example in examples]),
-    'mask': masks,
-    'name': np.array([example['name'].decode() for example in examples], object),
-  }
-
-
-def _deserialize(dataset: PreparedDataset, record: bytes) -> dict:
-  """One record; image and mask are still PNG files."""
-  import tensorflow_datasets as tfds
-
-  as_stored = tfds.decode.SkipDecoding()
-  decoders = {'image': as_stored, 'mask': as_stored}
-  return dataset.builder.info.features.deserialize_example_np(record, decoders=decoders)
-
-
-def _pixels(png: bytes) -> np.ndarray:
-  return np.asarray(Image.open(io.BytesIO(png)))
-
-
-def _read_ahead(read, chunks: list) -> Iterator:
-  """read(chunk) for each chunk in order, a few of them at a time in other threads."""
-  workers = max(1, (os.cpu_count() or 2) // 2)
-  with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-    pending = collections.deque()
-    for chunk in chunks:
-      pending.append(pool.submit(read, chunk))
-      if len(pending) > workers + 1:
-        yield pending.popleft().result()
-    while pending:
-      yield pending.popleft().result()
-
-
-def damaged(directory: pathlib.Path, error: Exception) -> UserError:
-  """The error of a data set whose files cannot be read."""
-  reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-  return UserError(
-    f'The data set {directory} is damaged or incomplete ({reason[0][:300]}). Prepare it again with '
-    '`python -m p2ldm.prepare --overwrite ...`.'
-  )

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from p2ldm import pictures, sharding
+from p2ldm.data.corrupt import CorruptRecords
 from p2ldm.data.input_pipeline import train_batches
 from p2ldm.data.prepared import ordered_batches
 from p2ldm.models.autoencoder import Autoencoder
@@ -36,6 +37,7 @@ def make_task(config, model: Autoencoder, dataset, mesh) -> Task:
   """
   training, loss = config.autoencoder.training, config.autoencoder.loss
   split, rows = config.data.train_split, sharding.local_rows(training.batch_size, mesh)
+  corrupt = CorruptRecords(config.data.max_corrupt_share)
   perceptual = load_lpips() if loss.perceptual_weight else None
   if loss.perceptual_weight and perceptual is None:
     print(
@@ -72,11 +74,18 @@ def make_task(config, model: Autoencoder, dataset, mesh) -> Task:
       gradients, model=model, discriminator=discriminator, loss=loss.to_dict()
     ),
     train_batches=lambda first: train_batches(
-      dataset, split, training.batch_size, config.seed, config.data.flip, first, rows=rows
+      dataset,
+      split,
+      training.batch_size,
+      config.seed,
+      config.data.flip,
+      first,
+      rows=rows,
+      corrupt=corrupt,
     ),
     face_names=functools.partial(names_in_batch, config, training, dataset, None),
-    evaluate=Evaluation(config, model, dataset, mesh),
-    draw=functools.partial(draw_reconstructions, config, jax.jit(model.apply), dataset),
+    evaluate=Evaluation(config, model, dataset, mesh, corrupt),
+    draw=functools.partial(draw_reconstructions, config, jax.jit(model.apply), dataset, corrupt),
   )
 
 
@@ -153,8 +162,8 @@ def gradients(state: TrainState, rows, key, perceptual, *, model, discriminator,
 class Evaluation:
   """PSNR (dB, of the whole range of pixels), L1 and LPIPS on validation faces, and codebook use."""
 
-  def __init__(self, config, model: Autoencoder, dataset, mesh):
-    self._dataset, self._mesh = dataset, mesh
+  def __init__(self, config, model: Autoencoder, dataset, mesh, corrupt: CorruptRecords):
+    self._dataset, self._mesh, self._corrupt = dataset, mesh, corrupt
     self._split = config.data.validation_split
     self._batch_size = config.autoencoder.training.batch_size
     self._num_faces = config.autoencoder.training.evaluation_faces
@@ -179,7 +188,9 @@ class Evaluation:
   def __call__(self, state: TrainState, perceptual) -> dict[str, float]:
     """The values of one evaluation of the moving average."""
     means, codes = Means(), set()
-    for batch in ordered_batches(self._dataset, self._split, self._batch_size, self._num_faces):
+    for batch in ordered_batches(
+      self._dataset, self._split, self._batch_size, self._num_faces, corrupt=self._corrupt
+    ):
       rows = len(batch['image'])
       image = np.pad(batch['image'], [(0, self._batch_size - rows)] + [(0, 0)] * 3)
       image = sharding.put_batch({'image': image}, self._mesh)['image']
@@ -195,9 +206,10 @@ class Evaluation:
     return values
 
 
-def draw_reconstructions(config, apply, dataset, state: TrainState) -> dict:
+def draw_reconstructions(config, apply, dataset, corrupt, state: TrainState) -> dict:
   """Validation faces above, their reconstructions below."""
-  batch = next(ordered_batches(dataset, config.data.validation_split, NUM_PICTURES, NUM_PICTURES))
+  split = config.data.validation_split
+  batch = next(ordered_batches(dataset, split, NUM_PICTURES, NUM_PICTURES, corrupt=corrupt))
   output = apply({'params': state.ema_params['autoencoder']}, batch['image'])
   rows = np.concatenate([batch['image'], np.asarray(output.reconstruction)])
   return {'reconstructions': np.asarray(pictures.grid(rows, columns=len(batch['image'])))}

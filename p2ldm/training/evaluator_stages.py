@@ -9,6 +9,7 @@ import numpy as np
 
 import p2ldm
 from p2ldm import processes, sharding
+from p2ldm.data.corrupt import CorruptRecords
 from p2ldm.data.labels import LabelSchema
 from p2ldm.data.prepared import PreparedDataset, labelled
 from p2ldm.errors import UserError
@@ -114,9 +115,10 @@ def train_evaluator(
 
   directory = workdir / kind
   check_origin(directory, {'data set': dataset.fingerprint})
+  corrupt = CorruptRecords(config.data.max_corrupt_share)
   examples = {
-    'train': labelled_examples(dataset, config.data.train_split, kind),
-    'validation': labelled_examples(dataset, config.data.validation_split, kind),
+    'train': labelled_examples(dataset, config.data.train_split, kind, corrupt),
+    'validation': labelled_examples(dataset, config.data.validation_split, kind, corrupt),
   }
   print(
     f'{kind}: {len(examples["train"]):,} faces to train on, {len(examples["validation"]):,} held out'
@@ -151,13 +153,17 @@ def train_evaluator(
   return make_evaluator(trained, local, config.compute_dtype)
 
 
-def labelled_examples(dataset: PreparedDataset, split: str, kind: str) -> np.ndarray:
+def labelled_examples(
+  dataset: PreparedDataset, split: str, kind: str, corrupt: CorruptRecords | None = None
+) -> np.ndarray:
   """(N,) int64: the faces of a split that have the labels which the evaluator `kind` learns.
+
+  Corrupt records are left out, as far as `corrupt` allows.
 
   Raises:
     UserError: there are none.
   """
-  examples = np.flatnonzero(labelled(dataset, split)[LABELS[kind]])
+  examples = np.flatnonzero(labelled(dataset, split, corrupt)[LABELS[kind]])
   if not len(examples):
     raise no_labels(kind, dataset, split)
   return examples

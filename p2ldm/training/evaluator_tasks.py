@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from p2ldm import pictures, processes, sharding
+from p2ldm.data.corrupt import CorruptRecords
 from p2ldm.data.input_pipeline import train_batches
 from p2ldm.data.labels import UNSPECIFIED
 from p2ldm.data.prepared import ordered_batches
@@ -41,6 +42,7 @@ def make_task(config, parts: EvaluatorParts, dataset, examples: dict, mesh) -> T
   kind, section = parts.kind, config.evaluators[parts.kind]
   training = section.training
   rows = sharding.local_rows(training.batch_size, mesh)
+  corrupt = CorruptRecords(config.data.max_corrupt_share)
   model = parts.make_module(resolve_dtype(config.compute_dtype))
   # The moving average is evaluated as users will: uint8 images in, labels out.
   evaluator = make_evaluator(parts, sharding.local_mesh(mesh), config.compute_dtype)
@@ -64,6 +66,7 @@ def make_task(config, parts: EvaluatorParts, dataset, examples: dict, mesh) -> T
       first,
       examples['train'],
       rows,
+      corrupt,
     ):
       yield {'image': batch['image'], label: batch[label]}
 

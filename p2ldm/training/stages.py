@@ -5,18 +5,15 @@ prepared data set -> autoencoder -> latent cache -> diffusion -> model directory
 """
 
 import functools
-import hashlib
 import json
 import pathlib
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 import p2ldm
 from p2ldm import processes, sharding, storage
-from p2ldm.data.latents import LatentCache, build
+from p2ldm.data.latents import LatentCache
 from p2ldm.diffusion.loss import loss_weights
 from p2ldm.diffusion.samplers import SAMPLERS
 from p2ldm.diffusion.schedule import Schedule, make_schedule, spaced_timesteps
@@ -30,6 +27,7 @@ from p2ldm.models.layers import resolve_dtype
 from p2ldm.pipeline import Pipeline
 from p2ldm.training import diffusion_task, loop, step
 from p2ldm.training.evaluator_stages import check_labels, check_size, run_evaluator
+from p2ldm.training.latent_stage import run_latents
 from p2ldm.training.pictures import SampleGrid
 from p2ldm.training.probe import Probe
 from p2ldm.training.workdir import check_origin, open_workdir
@@ -80,7 +78,7 @@ def run_before_diffusion(config, workdir, mesh) -> Shared:
   if set(config.stages) - set(EVALUATORS):
     trained = run_autoencoder(config, workdir, mesh)
   if 'latents' in config.stages or 'diffusion' in config.stages:
-    cache = run_latents(config, workdir, mesh, trained)
+    cache = run_latents(config, workdir, trained, functools.partial(open_data, config))
   return Shared(trained, cache, evaluators)
 
 
@@ -212,60 +210,6 @@ def run_autoencoder(config, workdir, mesh) -> ModelParts:
   return parts
 
 
-def run_latents(config, workdir, mesh, trained) -> LatentCache:
-  """Opens the latent cache, or builds it."""
-  directory = workdir / 'latents'
-  origin = {'autoencoder': fingerprint(trained.autoencoder)}
-  record = pathlib.Path(config.data.dir) / 'prepare.json'
-  if record.exists():
-    origin['data set'] = json.loads(record.read_text())['fingerprint']
-  cache = LatentCache.open(directory)
-  if cache is not None:
-    cache.check_origin(origin, directory)
-    print(f'latents: complete in {directory}')
-    return cache
-  if 'latents' not in config.stages:
-    raise UserError(
-      f"config.stages leaves the latents out, but {directory} holds none. Add 'latents' to config.stages."
-    )
-  from p2ldm.data.prepared import ordered_batches
-
-  dataset = open_data(config)
-  origin['data set'] = dataset.fingerprint
-  splits = {
-    name: (dataset.num_examples(split), ordered_batches(dataset, split, config.latents.batch_size))
-    for name, split in (
-      ('train', config.data.train_split),
-      ('validation', config.data.validation_split),
-    )
-  }
-  encode = Encoder(trained, config.latents.batch_size, resolve_dtype(config.compute_dtype), mesh)
-  about = {'embedded': dataset.embedded, 'split_scheme': dataset.split_scheme}
-  cache = build(directory, splits, encode, dataset.schema, origin, about)
-  print(f'latents: mean {cache.statistics.mean}, standard deviation {cache.statistics.std}')
-  return cache
-
-
-class Encoder:
-  """Encodes batches of up to `batch_size` images on all devices, compiled once."""
-
-  def __init__(self, trained, batch_size: int, dtype, mesh):
-    model = trained.make_autoencoder(dtype)
-    self._batch_size, self._mesh = batch_size, mesh
-    self._params = jax.device_put(trained.autoencoder, sharding.replicated(mesh))
-    self._encode = jax.jit(
-      lambda params, image: model.apply({'params': params}, image, method='encode'),
-      out_shardings=sharding.replicated(mesh),
-    )
-
-  def __call__(self, image: np.ndarray) -> np.ndarray:
-    """(B, H, W, 3) float32, B at most the batch size -> raw latent (B, h, w, C) float32."""
-    rows = len(image)
-    padding = [(0, self._batch_size - rows)] + [(0, 0)] * 3
-    batch = sharding.put_batch(np.pad(image, padding), self._mesh)
-    return np.asarray(self._encode(self._params, batch))[:rows]
-
-
 def run_diffusion(config, workdir, mesh, trained, cache, evaluators):
   """Trains the diffusion model, probed by the evaluators, and exports it as WORKDIR/model."""
   training, model_dir = config.diffusion.training, workdir / 'model'
@@ -353,12 +297,3 @@ def model_parts(config, trained, cache, fields, denoiser, step: int) -> ModelPar
     autoencoder=trained.autoencoder,
     denoiser=denoiser,
   )
-
-
-def fingerprint(params) -> str:
-  """SHA-256 over the names and the values of a tree of arrays."""
-  digest = hashlib.sha256()
-  for path, value in jax.tree_util.tree_leaves_with_path(params):
-    digest.update(jax.tree_util.keystr(path).encode())
-    digest.update(np.ascontiguousarray(jnp.asarray(value)).tobytes())
-  return digest.hexdigest()

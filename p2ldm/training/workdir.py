@@ -27,6 +27,7 @@ _FREE = (
   'latents',
   'sampling',
   'data.dir',
+  'data.max_corrupt_share',
   'evaluators.pretrained',
   'probe',
   'evaluation',
