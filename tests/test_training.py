@@ -2,22 +2,26 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_latents
 from ml_collections import ConfigDict
 
 from configs import multi
-from p2ldm import sharding
-from p2ldm.data import latents
+from p2ldm import interruptions, sharding
+from p2ldm.data import order
 from p2ldm.data.labels import CELEBAMASK_HQ
 from p2ldm.diffusion.schedule import make_schedule
 from p2ldm.errors import UserError
 from p2ldm.models.denoiser import Denoiser
 from p2ldm.training import diffusion_task, loop, stages, workdir
 from p2ldm.training.state import TrainState, average
+from p2ldm.training.step import make_step
 
 NUM_FACES = 40
 
@@ -26,22 +30,25 @@ def encode(image):
   return image.reshape(len(image), 8, 4, 8, 4, 3).mean((2, 4))
 
 
-def make_batches(seed):
+def make_faces(seed):
   """Blocks of 4 x 4 pixels of one class and its colour: the mask says what the noise hides."""
   rng = np.random.default_rng(seed)
   palette = np.random.default_rng(7).uniform(-1, 1, (19, 3))
-  for _ in range(NUM_FACES // 8):
-    mask = rng.integers(0, 19, (8, 8, 8)).repeat(4, 1).repeat(4, 2).astype(np.uint8)
-    image = palette[mask] + 0.1 * rng.normal(size=(8, 32, 32, 3))
-    attributes = rng.integers(-1, 2, (8, 40)).astype(np.int8)
-    yield {'image': image.astype(np.float32), 'mask': mask, 'attributes': attributes}
+  mask = rng.integers(0, 19, (NUM_FACES, 8, 8)).repeat(4, 1).repeat(4, 2).astype(np.uint8)
+  image = palette[mask] + 0.1 * rng.normal(size=(NUM_FACES, 32, 32, 3))
+  return {
+    'image': image.astype(np.float32),
+    'mask': mask,
+    'attributes': rng.integers(-1, 2, (NUM_FACES, 40)).astype(np.int8),
+    'name': np.array([f'face{i}' for i in range(NUM_FACES)], object),
+  }
 
 
 @pytest.fixture(scope='module')
 def cache(tmp_path_factory):
   directory = tmp_path_factory.mktemp('cache') / 'latents'
-  splits = {'train': (NUM_FACES, make_batches(0)), 'validation': (NUM_FACES, make_batches(1))}
-  return latents.build(directory, splits, encode, CELEBAMASK_HQ, {})
+  splits = {'train': make_faces(0), 'validation': make_faces(1)}
+  return tiny_latents.build(directory, splits, encode, CELEBAMASK_HQ)
 
 
 def make_config(num_steps) -> ConfigDict:
@@ -153,10 +160,10 @@ def test_training_learns_to_use_the_mask(cache, tmp_path):
 
 
 def test_one_batch_can_be_overfitted(cache):
-  task, _ = make_task(cache, 200)
+  task, mesh = make_task(cache, 200)
   batch = cache.splits['train'].batch(np.arange(8))
   state = TrainState.create(task.init(jax.random.key(0)), task.optimizer, task.averaged)
-  step = jax.jit(task.step)
+  step = jax.jit(make_step(task, mesh))
   history = []
   for _ in range(200):
     # Step 0 over and over: the same noise, timesteps and conditions.
@@ -167,21 +174,117 @@ def test_one_batch_can_be_overfitted(cache):
   assert history[-1] < 0.1 * history[0]
 
 
-def test_a_non_finite_loss_stops_and_leaves_the_last_checkpoint(cache, tmp_path):
-  train(cache, tmp_path, 2)
-  with pytest.raises(FloatingPointError, match='step'):
-    train(
-      cache,
-      tmp_path,
-      6,
-      learning_rate=1e30,
-      final_learning_rate=1e30,
-      gradient_clip=0.0,
-      checkpoint_every=2,
-    )
-  # The update of step 3 ruins the parameters, and step 4 shows it before it would be saved.
-  steps = [int(p.name) for p in (tmp_path / 'diffusion' / 'checkpoints').iterdir()]
-  assert steps == [2]
+def spoil(task, bad_step):
+  """The task with a NaN in one latent of one step's batch (counted from 1)."""
+
+  def train_batches(first):
+    for step, batch in enumerate(task.train_batches(first), start=first + 1):
+      if step == bad_step:
+        batch['latent'][3, 0, 0, 0] = np.nan
+      yield batch
+
+  return dataclasses.replace(task, train_batches=train_batches, evaluate=lambda *_: {})
+
+
+def checkpoint_steps(directory):
+  return sorted(int(p.name) for p in (directory / 'diffusion' / 'checkpoints').iterdir())
+
+
+def names_of(cache, step):
+  indices, _ = order.batch_examples(0, step - 1, 8, NUM_FACES, True)
+  return [f'face{i}' for i in indices]
+
+
+def test_a_non_finite_loss_stops_with_the_state_before_it_and_the_faces_of_its_batch(
+  cache, six_steps, tmp_path
+):
+  task, mesh = make_task(cache, 6, checkpoint_every=2)
+  with pytest.raises(FloatingPointError, match=r'loss became nan at step 4\b.*0000004\.json'):
+    loop.train(spoil(task, 4), tmp_path, mesh, seed=0)
+  assert checkpoint_steps(tmp_path) == [2, 3]
+  record = json.loads((tmp_path / 'diffusion' / 'non_finite' / '0000004.json').read_text())
+  assert record == {'step': 4, 'loss': 'nan', 'faces': names_of(cache, 4)}
+  # What was saved is the state after step 3: from it a run without the spoilt batch goes on as ever.
+  state = train(cache, tmp_path, 6)
+  for a, b in zip(jax.tree.leaves(six_steps[0]), jax.tree.leaves(state), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_a_non_finite_loss_is_skipped_and_counted_where_the_config_says_so(cache, tmp_path):
+  task, mesh = make_task(cache, 6, on_non_finite='skip')
+  state = loop.train(spoil(task, 4), tmp_path, mesh, seed=0)
+  assert (int(state.step), int(state.skipped)) == (6, 1)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
+  rows = (tmp_path / 'diffusion' / 'metrics.jsonl').read_text().splitlines()
+  skipped = {
+    row['step']: row['train/skipped'] for row in map(json.loads, rows) if 'train/skipped' in row
+  }
+  assert skipped == {1: 0, 2: 0, 3: 0, 4: 1, 5: 0, 6: 0}
+  record = json.loads((tmp_path / 'diffusion' / 'non_finite' / '0000004.json').read_text())
+  assert record['faces'] == names_of(cache, 4)
+
+
+def test_skipping_without_end_stops(cache, tmp_path, monkeypatch):
+  monkeypatch.setattr(loop, 'MAX_SKIPPED', 3)
+  task, mesh = make_task(cache, 9, on_non_finite='skip')
+  every = dataclasses.replace(
+    task,
+    train_batches=lambda first: (
+      {**b, 'latent': np.inf * b['latent']} for b in task.train_batches(first)
+    ),
+  )
+  with pytest.raises(FloatingPointError, match='step 3, the last of 3 in a row'):
+    loop.train(every, tmp_path, mesh, seed=0)
+
+
+@pytest.mark.parametrize('at', [3, 4, 6])
+def test_sigterm_saves_the_step_at_hand_and_the_next_start_makes_up_for_what_was_due(
+  cache, six_steps, tmp_path, monkeypatch, at
+):
+  task, mesh = make_task(cache, 6, evaluate_every=2, sample_every=3)
+  asked, looked = [], []
+
+  def requested():
+    asked.append(1)
+    return len(asked) == at
+
+  def evaluate(state, frozen):
+    looked.append(('evaluate', int(state.step)))
+    return {'loss': 1.0}
+
+  def draw(state):
+    looked.append(('draw', int(state.step)))
+    return {}
+
+  task = dataclasses.replace(task, evaluate=evaluate, draw=draw)
+  monkeypatch.setattr(interruptions, 'requested', requested)
+  with pytest.raises(interruptions.Interrupted, match=f'stopped at step {at}'):
+    loop.train(task, tmp_path, mesh, seed=0)
+  assert checkpoint_steps(tmp_path) == [at]
+  assert ('evaluate', at) not in looked and ('draw', at) not in looked
+  state = loop.train(task, tmp_path, mesh, seed=0)
+  expected = [('evaluate', 2), ('draw', 3), ('evaluate', 4), ('evaluate', 6), ('draw', 6)]
+  assert sorted(looked) == sorted(expected)
+  for a, b in zip(jax.tree.leaves(six_steps[0]), jax.tree.leaves(state), strict=True):
+    np.testing.assert_array_equal(a, b)
+  loop.train(task, tmp_path, mesh, seed=0)
+  assert len(looked) == len(expected)  # nothing is made up for twice
+
+
+def test_a_second_run_in_the_same_workdir_is_refused_while_the_first_lives(tmp_path):
+  code = (
+    'import sys, time, pathlib; from p2ldm.training import workdir;'
+    'workdir.claim(pathlib.Path(sys.argv[1])); print("claimed", flush=True); time.sleep(60)'
+  )
+  path = tmp_path / 'run'
+  with subprocess.Popen([sys.executable, '-c', code, str(path)], stdout=subprocess.PIPE) as other:
+    assert other.stdout.readline() == b'claimed\n'
+    with pytest.raises(UserError, match=rf'Another run is at work.*process {other.pid} on '):
+      workdir.open_workdir(path, make_config(5))
+    assert not (path / 'config.json').exists()
+    other.kill()
+    other.wait()
+    workdir.open_workdir(path, make_config(5))
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(cache, tmp_path):
