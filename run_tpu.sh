@@ -101,7 +101,7 @@ worker() {
       if alive; then
         touch run.stop
         kill -TERM "$(cat run.child)"
-        timeout 300 tail -s 1 -f /dev/null --pid="$pid"
+        timeout 300 tail -s 0.2 -f /dev/null --pid="$pid"
       fi
       ;;
   esac
