@@ -206,10 +206,10 @@ show() {
 }
 run() {
   show "$@"
-  [ "$dry_run" = 1 ] || "$@"
+  [ "$dry_run" = 1 ] || "$@" 3>&-
 }
 # What a command prints, nothing where it fails; shown in a dry run only, because it is asked again and again.
-ask() { if [ "$dry_run" = 1 ]; then show "$@"; else "$@" 2>/dev/null || true; fi; }
+ask() { if [ "$dry_run" = 1 ]; then show "$@"; else "$@" 2>/dev/null 3>&- || true; fi; }
 
 where=(--zone="$zone" --quiet)
 [ -z "$project" ] || where+=(--project="$project")

@@ -33,7 +33,8 @@ printf '%s\0' "$@" '' >>"$FAKE/log"
 for word; do
   case "$word" in --worker=*) worker=${word#*=} ;; --command=*) command=${word#*=} ;; esac
 done
-[ "${worker:-}" = all ] && workers='0 1' || workers=${worker:-}
+case " $* " in *' --accelerator-type=v5litepod-16 '*) echo '0 1' >"$FAKE/workers" ;; esac
+[ "${worker:-}" = all ] && workers=$(cat "$FAKE/workers") || workers=${worker:-}
 case "$3 $4" in
   'queued-resources create') : >"$FAKE/exists" && rm -f "$FAKE/preempted" ;;
   'queued-resources delete') rm "$FAKE/exists" ;;
@@ -238,7 +239,7 @@ def test_help_and_missing_gcloud():
 
 @pytest.fixture
 def cloud(tmp_path):
-  """A checkout, and a Cloud TPU of two workers that is ACTIVE at the third question."""
+  """A checkout, and a Cloud TPU that is ACTIVE at the third question; v5litepod-16 has two workers."""
   checkout, tools = tmp_path / 'checkout', tmp_path / 'bin'
   checkout.mkdir(), tools.mkdir()
   shutil.copy(_SCRIPT, checkout)
@@ -264,6 +265,7 @@ def cloud(tmp_path):
   for name, text in programs.items():
     (tools / name).write_text(text)
     (tools / name).chmod(0o755)
+  (tmp_path / 'workers').write_text('0\n')
   (tmp_path / 'states').write_text('WAITING_FOR_RESOURCES\nPROVISIONING\nACTIVE\n')
   yield Cloud(tmp_path, checkout / 'run_tpu.sh')
   for file in tmp_path.glob('worker*/p2ldm/run.[cp]*'):  # what a failing test leaves
