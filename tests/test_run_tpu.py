@@ -338,12 +338,6 @@ def test_the_whole_way_with_an_interruption(cloud):
   assert not (cloud.path / 'exists').exists()
 
 
-def test_restarts_end_and_keep_keeps(cloud):
-  status, log, messages = cloud(*_ONE_HOST, '--restarts=1', '--keep', runs=[75, 75, 0])
-  assert status == 75 and log.count('ends with 75') == 2 and 'ends with 0' not in log
-  assert 'is kept' in messages and not cloud.calls('delete') and (cloud.path / 'exists').exists()
-
-
 @pytest.mark.parametrize('state', ['FAILED', 'SUSPENDED'])
 def test_a_request_that_fails_is_deleted(cloud, state):
   (cloud.path / 'states').write_text(f'WAITING_FOR_RESOURCES\n{state}\n')
@@ -358,11 +352,12 @@ def test_waiting_has_an_end(cloud):
   assert status == 1 and 'after 0 minutes' in messages and cloud.calls('delete')
 
 
-def test_one_that_exists_is_used_and_left_and_the_exit_status_is_the_runs(cloud):
+def test_one_that_exists_is_used_and_left_and_restarts_have_an_end(cloud):
   (cloud.path / 'exists').touch()
   (cloud.path / 'states').write_text('ACTIVE\n')
-  status, _, messages = cloud(*_ONE_HOST, runs=[2])
-  assert status == 2 and 'ended with exit status 2' in messages
+  status, log, messages = cloud(*_ONE_HOST, '--restarts=1', runs=[75, 75, 0])
+  assert status == 75 and 'ended with exit status 75' in messages
+  assert log.count('ends with 75') == 2 and 'ends with 0' not in log
   assert not cloud.calls('create') and not cloud.calls('delete')
 
 
