@@ -47,6 +47,7 @@ note() { echo "run_tpu: $1" >&2; }
 
 # Whether the run goes on. After a reboot another process may have its number.
 alive() {
+  local pid
   pid=$(cat run.pid 2>/dev/null) && grep -qs run_tpu.sh "/proc/$pid/cmdline"
 }
 
@@ -95,13 +96,17 @@ worker() {
       ;;
     keep_running) keep_running "$@" ;;
     alive) alive ;;
-    follow) tail -n "$1" -s "$2" -F --pid="$(cat run.pid)" run.log ;; # LINES SECONDS
+    follow) # LINES SECONDS
+      while alive; do sleep "$2"; done >/dev/null 2>&1 </dev/null &
+      tail -n "$1" -s "$2" -F --pid=$! run.log
+      ;;
     status) [ ! -e run.status ] || echo "status=$(cat run.status)" ;;
     stop)
       if alive; then
         touch run.stop
         kill -TERM "$(cat run.child)"
-        timeout 300 tail -s 0.2 -f /dev/null --pid="$pid"
+        local end=$((SECONDS + 300))
+        while alive && [ "$SECONDS" -lt "$end" ]; do sleep 0.2; done
       fi
       ;;
   esac
