@@ -36,7 +36,7 @@ def make_task(config, model: Autoencoder, dataset, mesh) -> Task:
     mesh: the device mesh, for the evaluation's batches.
   """
   training, loss = config.autoencoder.training, config.autoencoder.loss
-  split, rows = config.data.train_split, sharding.local_rows(training.batch_size, mesh)
+  split = config.data.train_split
   corrupt = CorruptRecords(config.data.max_corrupt_share)
   perceptual = load_lpips() if loss.perceptual_weight else None
   if loss.perceptual_weight and perceptual is None:
@@ -80,7 +80,7 @@ def make_task(config, model: Autoencoder, dataset, mesh) -> Task:
       config.seed,
       config.data.flip,
       first,
-      rows=rows,
+      rows=sharding.local_rows(training.batch_size, mesh),
       corrupt=corrupt,
     ),
     face_names=functools.partial(names_in_batch, config, training, dataset, None),

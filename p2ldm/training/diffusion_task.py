@@ -44,7 +44,6 @@ def make_task(
   """
   training, train = config.diffusion.training, cache.splits['train']
   weights = loss_weights(schedule, config.diffusion)
-  rows = sharding.local_rows(training.batch_size, mesh)
   loss = functools.partial(
     noised_loss,
     denoiser=denoiser,
@@ -79,7 +78,11 @@ def make_task(
     ),
     gradients=functools.partial(gradients, loss=loss),
     train_batches=lambda first: train.train_batches(
-      training.batch_size, config.seed, config.data.flip, first, rows
+      training.batch_size,
+      config.seed,
+      config.data.flip,
+      first,
+      sharding.local_rows(training.batch_size, mesh),
     ),
     face_names=lambda step: train.names(
       batch_examples(config.seed, step, training.batch_size, len(train), False)[0]

@@ -41,7 +41,6 @@ def make_task(config, parts: EvaluatorParts, dataset, examples: dict, mesh) -> T
   """
   kind, section = parts.kind, config.evaluators[parts.kind]
   training = section.training
-  rows = sharding.local_rows(training.batch_size, mesh)
   corrupt = CorruptRecords(config.data.max_corrupt_share)
   model = parts.make_module(resolve_dtype(config.compute_dtype))
   # The moving average is evaluated as users will: uint8 images in, labels out.
@@ -65,7 +64,7 @@ def make_task(config, parts: EvaluatorParts, dataset, examples: dict, mesh) -> T
       config.data.flip,
       first,
       examples['train'],
-      rows,
+      sharding.local_rows(training.batch_size, mesh),
       corrupt,
     ):
       yield {'image': batch['image'], label: batch[label]}

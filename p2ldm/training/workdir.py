@@ -95,7 +95,7 @@ def check_origin(directory: pathlib.Path, origin: dict):
       )
 
 
-def claim(workdir: pathlib.Path):
+def claim(workdir):
   """Makes the workdir, and keeps all other runs out of it until this process ends.
 
   The lock is the operating system's (flock on WORKDIR/lock): it ends with the process, however that ends.
@@ -104,7 +104,10 @@ def claim(workdir: pathlib.Path):
   Raises:
     UserError: another run is at work there, or nothing can be written there.
   """
-  if storage.is_remote(workdir) or str(workdir.absolute()) in _claimed:
+  if storage.is_remote(workdir):
+    return
+  workdir = pathlib.Path(workdir).absolute()
+  if workdir in _claimed:
     return
   try:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -123,7 +126,7 @@ def claim(workdir: pathlib.Path):
   file.truncate(0)
   file.write(f'process {os.getpid()} on {socket.gethostname()}\n')
   file.flush()
-  _claimed[str(workdir.absolute())] = file
+  _claimed[workdir] = file
 
 
 def differences(old: dict, new: dict, prefix: str = ''):
