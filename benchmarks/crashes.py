@@ -2,11 +2,11 @@
 
   python -m benchmarks.crashes --kills=50 --out=crashes
 
-Trains configs/multi.py:tiny, shortened, twice: once without interruption, once killed over and over and started
-again by the same command, half of the time at a random instant, half of the time while a checkpoint, a chunk
-of the latent cache or the model is being written. The two workdirs must then hold the same parameters, bit for
-bit: in the last checkpoints, in the latent cache and in the model. Prints a Markdown report; exits with 1
-where anything differs.
+Trains configs/multi.py:tiny, shortened, twice: once without interruption, once killed over and over and
+started again by the same command, half of the time at a random instant, half of the time while a checkpoint,
+a chunk of the latent cache or the model is being written. The two workdirs must then hold the same
+parameters, bit for bit: in the last checkpoints, in the latent cache and in the model. Prints a Markdown
+report; exits with 1 where anything differs.
 """
 
 import collections

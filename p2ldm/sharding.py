@@ -117,6 +117,11 @@ def put_batch(batch, mesh: Mesh):
   return jax.tree.map(put, batch)
 
 
+def replicate(tree, mesh: Mesh):
+  """Arrays that are the same in every process, whole on every device."""
+  return jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)
+
+
 def gather(tree):
   """Arrays that other processes hold parts of, as whole ones on this host. All processes must call it.
 

@@ -67,7 +67,7 @@ def train(task: Task, workdir, mesh: jax.sharding.Mesh, seed: int, export=None) 
       out_shardings=(shardings, replicated),
       donate_argnums=0,
     )
-    step_key, frozen = jax.device_put((step_key, task.frozen), replicated)
+    step_key, frozen = sharding.replicate((step_key, task.frozen), mesh)
     task = dataclasses.replace(task, frozen=frozen)
     return Run(task, step_fn, step_key, directory, mesh, checkpoints, export).run(state)
   except OSError as error:
@@ -191,8 +191,7 @@ class Run:
     newest = self._checkpoints.newest_step()
     if self._task.training.on_non_finite == 'stop' and (newest is None or step > newest):
       back = {'step': np.int32(step), 'skipped': np.int32(0)}
-      shardings = {name: getattr(state, name).sharding for name in back}
-      self._checkpoints.save(step, state.replace(**jax.device_put(back, shardings)))
+      self._checkpoints.save(step, state.replace(**sharding.replicate(back, self._mesh)))
 
 
 def owes(directory, step: int) -> bool:

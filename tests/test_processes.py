@@ -1,0 +1,113 @@
+"""Two processes of four devices: the losses of one process, one checkpoint, nothing lost by a kill."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from p2ldm import interruptions
+
+TESTS = pathlib.Path(__file__).parent
+STEPS = 8
+
+
+def start(workdir, process_id, count, devices, port, pause=0.0, steps=STEPS):
+  flags = f'--xla_force_host_platform_device_count={devices}'
+  path = os.pathsep.join([str(TESTS.parent), os.environ.get('PYTHONPATH', '')])
+  command = [sys.executable, TESTS / 'toy_task.py', workdir, steps, process_id, count, port, pause]
+  return subprocess.Popen(
+    list(map(str, command)),
+    env={**os.environ, 'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': path},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+
+
+def start_two(workdir, pause=0.0, steps=STEPS):
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    port = free.getsockname()[1]
+  return [start(workdir, i, 2, 4, port, pause, steps) for i in (0, 1)]
+
+
+def end(processes):
+  """Their exit statuses; what they printed is shown where the test fails."""
+  for i, process in enumerate(processes):
+    print(f'process {i}:', process.communicate(timeout=120)[0][-3000:])
+  return [process.returncode for process in processes]
+
+
+def losses(workdir):
+  rows = map(json.loads, (workdir / 'toy' / 'metrics.jsonl').read_text().splitlines())
+  found = [(row['step'], row['train/loss']) for row in rows if 'train/loss' in row]
+  assert [step for step, _ in found] == list(range(1, STEPS + 1))
+  return [loss for _, loss in found]
+
+
+def parameters(workdir):
+  """The arrays of the last checkpoint, as they are on disk."""
+  import orbax.checkpoint as ocp
+
+  path = workdir / 'toy' / 'checkpoints' / str(STEPS) / 'state'
+  state = ocp.StandardCheckpointer().restore(path.absolute())
+  return {name: np.asarray(state[name]['net']['w']) for name in ('params', 'ema_params')}
+
+
+def wait_for_checkpoint(workdir, step, process):
+  for _ in range(1200):
+    if (workdir / 'toy' / 'checkpoints' / str(step)).is_dir():
+      return
+    assert process.poll() is None, process.communicate()[0]
+    time.sleep(0.05)
+  raise AssertionError('no checkpoint')
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('two')
+  assert end(start_two(workdir)) == [0, 0]
+  return workdir
+
+
+@pytest.mark.parametrize('devices', [1, 8])
+def test_two_processes_give_the_losses_of_one(uninterrupted, tmp_path, devices):
+  assert end([start(tmp_path, 0, 1, devices, 0)]) == [0]
+  np.testing.assert_allclose(losses(uninterrupted), losses(tmp_path), rtol=1e-5)
+  for name, value in parameters(uninterrupted).items():
+    np.testing.assert_allclose(value, parameters(tmp_path)[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('killed', [(0, 1), (1,)])
+def test_killed_and_started_again_they_end_with_the_same_parameters(
+  uninterrupted, tmp_path, killed
+):
+  both = start_two(tmp_path, pause=0.4)
+  wait_for_checkpoint(tmp_path, 4, both[0])
+  for i in killed:
+    both[i].kill()
+  if len(killed) < 2:
+    both[0].kill()  # as a scheduler does when one of its tasks has died; it cannot go on alone
+  end(both)
+  assert end(start_two(tmp_path)) == [0, 0]
+  assert losses(tmp_path) == losses(uninterrupted)
+  for name, value in parameters(uninterrupted).items():
+    np.testing.assert_array_equal(value, parameters(tmp_path)[name])
+
+
+def test_sigterm_to_one_of_them_saves_one_checkpoint_and_ends_both(uninterrupted, tmp_path):
+  both = start_two(tmp_path, pause=0.4)
+  wait_for_checkpoint(tmp_path, 2, both[0])
+  both[1].send_signal(signal.SIGTERM)
+  assert end(both) == [interruptions.EXIT_STATUS] * 2
+  assert end(start_two(tmp_path)) == [0, 0]
+  assert losses(tmp_path) == losses(uninterrupted)
+  for name, value in parameters(uninterrupted).items():
+    np.testing.assert_array_equal(value, parameters(tmp_path)[name])
