@@ -4,8 +4,8 @@ On a disk a new file or folder is written beside the old one and takes its name 
 such step for folders: there their files are copied one by one, and the one by which readers tell that a
 folder is complete goes first and comes back last.
 
-What libraries read themselves (array_record, memory maps, safetensors) is copied from a bucket to this machine
-before it is opened: `local_copy`.
+What libraries read themselves (array_record, memory maps, safetensors) is copied from a bucket to this
+machine before it is opened: `local_copy`.
 """
 
 import contextlib
@@ -43,7 +43,9 @@ def as_path(path) -> Path:
     return pathlib.Path(path)
   scheme, _, rest = str(path).partition('://')
   if scheme != 'gs' or not rest.strip('/'):
-    raise UserError(f'{path} is not a URL that can be used; a folder in a bucket is gs://BUCKET/FOLDER.')
+    raise UserError(
+      f'{path} is not a URL that can be used; a folder in a bucket is gs://BUCKET/FOLDER.'
+    )
   _bucket(rest.partition('/')[0])
   return epath.Path(str(path))
 
@@ -57,7 +59,9 @@ def absolute(path) -> Path:
 def check_local(path, what: str):
   """Raises `UserError` where a URL is given for `what`, which has to be on this machine."""
   if is_remote(path):
-    raise UserError(f'{what}={path} is a URL, and has to be a place on this machine; copy it here first.')
+    raise UserError(
+      f'{what}={path} is a URL, and has to be a place on this machine; copy it here first.'
+    )
 
 
 def write_bytes(path, content: bytes):
@@ -87,8 +91,9 @@ def write_json(path, value):
 
 def read_json(path):
   """What a JSON file holds, None if there is none or it cannot be read."""
+  path = as_path(path)
   try:
-    return json.loads(as_path(path).read_text())
+    return json.loads(path.read_text())
   except (OSError, ValueError):
     return None
 
@@ -110,10 +115,10 @@ def new_directory(
   """
   directory = absolute(directory)
   if is_remote(directory):
-    with _temporary(directory) as new:
+    with temporary(directory) as new:
       yield new
       (directory / last).unlink(missing_ok=True)
-      _upload(new, directory, last)
+      upload(new, directory, last)
       written = {path.name for path in new.iterdir()}
       for path in list(directory.iterdir()):
         if path.name not in written and (ours is None or path.name in ours):
@@ -155,7 +160,7 @@ def new_files(directory, last: str, remove=lambda: ()) -> Iterator[pathlib.Path]
     An empty folder on this machine.
   """
   directory = absolute(directory)
-  with _temporary(directory) as work:
+  with temporary(directory) as work:
     yield work
     if not is_remote(directory) and not directory.exists():
       work.chmod(0o755)  # it was made for its owner alone
@@ -164,7 +169,7 @@ def new_files(directory, last: str, remove=lambda: ()) -> Iterator[pathlib.Path]
     for name in list(remove()):
       (directory / name).unlink(missing_ok=True)
     if is_remote(directory):
-      _upload(work, directory, last)
+      upload(work, directory, last)
       return
     for path in sorted(work.iterdir(), key=lambda path: path.name == last):
       path.replace(directory / path.name)
@@ -189,7 +194,9 @@ def local_copy(directory) -> pathlib.Path:
   with _explained(url):
     found = bucket.find(root, detail=True)
   objects = {
-    name.removeprefix(root).lstrip('/'): f'{info.get("generation")} {info.get("etag")} {info["size"]}'
+    name.removeprefix(root).lstrip(
+      '/'
+    ): f'{info.get("generation")} {info.get("etag")} {info["size"]}'
     for name, info in found.items()
     if name.startswith(f'{root}/') and not name.endswith('/')
   }
@@ -211,7 +218,7 @@ def local_copy(directory) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def _temporary(directory: Path) -> Iterator[pathlib.Path]:
+def temporary(directory: Path) -> Iterator[pathlib.Path]:
   """A folder that is removed at the end: a sibling of `directory`, or anywhere for one in a bucket."""
   parent = None
   if not is_remote(directory):
@@ -224,7 +231,7 @@ def _temporary(directory: Path) -> Iterator[pathlib.Path]:
     shutil.rmtree(work, ignore_errors=True)
 
 
-def _upload(folder: pathlib.Path, directory: epath.Path, last: str):
+def upload(folder: pathlib.Path, directory: epath.Path, last: str):
   """Copies a folder's files into one of a bucket, the file `last` after all others."""
   files = sorted(path for path in folder.rglob('*') if path.is_file())
   bucket = _bucket(directory.parts[2])

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from p2ldm import storage
 from p2ldm.data.labels import UNSPECIFIED, LabelSchema
 from p2ldm.errors import UserError
 
@@ -103,7 +104,7 @@ def open_dataset(directory, image_size: int = 256) -> PreparedDataset:
   """Opens a prepared data set.
 
   Args:
-    directory: where it lies.
+    directory: where it lies; what lies in a bucket is copied to this machine.
     image_size: the size wanted, for the command that the message about a missing data set shows; what
       is there is opened at whatever size it has.
 
@@ -112,7 +113,7 @@ def open_dataset(directory, image_size: int = 256) -> PreparedDataset:
   """
   import tensorflow_datasets as tfds
 
-  directory = pathlib.Path(directory)
+  directory = storage.as_path(directory)
   if not (directory / 'prepare.json').is_file():
     what = 'is no prepared data set' if directory.exists() else 'does not exist'
     raise UserError(
@@ -120,6 +121,7 @@ def open_dataset(directory, image_size: int = 256) -> PreparedDataset:
       f'--out={directory} --image_size={image_size}`, or try everything without a download on embedded '
       'synthetic faces with --config=configs/multi.py:tiny.'
     )
+  directory = storage.local_copy(directory)
   try:
     report = json.loads((directory / 'prepare.json').read_text())
     if not isinstance(report['image_size'], int) or not all(

@@ -7,7 +7,6 @@ prepared data set -> autoencoder -> latent cache -> diffusion -> model directory
 import functools
 import hashlib
 import json
-import pathlib
 from typing import NamedTuple
 
 import jax
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import p2ldm
-from p2ldm import sharding
+from p2ldm import sharding, storage
 from p2ldm.data.latents import LatentCache, build
 from p2ldm.diffusion.loss import loss_weights
 from p2ldm.diffusion.samplers import SAMPLERS
@@ -66,12 +65,12 @@ def run(config, workdir):
   validate(config, mesh)
   shared = run_before_diffusion(config, workdir, mesh)
   if 'diffusion' in config.stages:
-    run_diffusion(config, pathlib.Path(workdir), mesh, *shared)
+    run_diffusion(config, storage.as_path(workdir), mesh, *shared)
 
 
 def run_before_diffusion(config, workdir, mesh) -> Shared:
   """Runs all stages but the last, as far as the config asks for them."""
-  if not (pathlib.Path(workdir) / 'latents' / 'meta.json').exists():
+  if not (storage.as_path(workdir) / 'latents' / 'meta.json').exists():
     open_data(config)  # a missing or unfit data set is reported before anything is written
   workdir = open_workdir(workdir, config)
   evaluators = run_evaluators(config, workdir, mesh)
@@ -123,9 +122,9 @@ def noise_schedule(config) -> Schedule:
   return make_schedule(diffusion.num_timesteps, diffusion.beta_start, diffusion.beta_end)
 
 
-def autoencoder_directory(path) -> pathlib.Path:
+def autoencoder_directory(path) -> storage.Path:
   """Where the autoencoder lies: in a workdir its folder, else the model directory itself."""
-  path = pathlib.Path(path)
+  path = storage.as_path(path)
   return path / 'autoencoder' if (path / 'autoencoder').is_dir() else path
 
 
@@ -133,7 +132,7 @@ def open_data(config):
   """The prepared data set of a config; renders and prepares the embedded faces where it asks so."""
   from p2ldm.data.prepared import open_dataset  # needs tensorflow-datasets
 
-  path = pathlib.Path(config.data.dir)
+  path = storage.as_path(config.data.dir)
   if config.data.embedded_faces > 0 and not path.exists():
     from p2ldm.prepare import prepare_embedded
 
@@ -210,7 +209,7 @@ def run_latents(config, workdir, mesh, trained) -> LatentCache:
   """Opens the latent cache, or builds it."""
   directory = workdir / 'latents'
   origin = {'autoencoder': fingerprint(trained.autoencoder)}
-  record = pathlib.Path(config.data.dir) / 'prepare.json'
+  record = storage.as_path(config.data.dir) / 'prepare.json'
   if record.exists():
     origin['data set'] = json.loads(record.read_text())['fingerprint']
   cache = LatentCache.open(directory)
@@ -287,7 +286,7 @@ def run_diffusion(config, workdir, mesh, trained, cache, evaluators):
   print(f'The model is in {model_dir}; pictures are in {workdir / "diffusion" / "pictures"}.')
 
 
-def exported_step(model_dir: pathlib.Path) -> int | None:
+def exported_step(model_dir: storage.Path) -> int | None:
   """The training step of the model in a directory, None if there is no model."""
   record = model_dir / 'config.json'
   return json.loads(record.read_text())['provenance']['step'] if record.exists() else None

@@ -8,11 +8,14 @@ WORKDIR/
   latents/         the latent cache
   diffusion/       checkpoints, metrics, pictures
   model/           the model directory, rewritten whenever pictures are drawn
+
+It may lie in a bucket.
 """
 
 import json
 import pathlib
 
+from p2ldm import storage
 from p2ldm.errors import UserError
 
 # What may change between a run's beginning and its continuation.
@@ -33,11 +36,11 @@ _FREE_TRAINING = ('num_steps', 'learning_rate', 'warmup_steps', 'final_learning_
                   'evaluation_faces')  # fmt: skip
 
 
-def open_workdir(path, config) -> pathlib.Path:
+def open_workdir(path, config) -> storage.Path:
   """Makes the workdir, or checks that the one at hand was begun with this config.
 
   Args:
-    path: the folder.
+    path: the folder, or a URL (gs://BUCKET/FOLDER).
     config: the whole config of the run.
 
   Returns:
@@ -46,9 +49,7 @@ def open_workdir(path, config) -> pathlib.Path:
   Raises:
     UserError: the workdir belongs to another run; the message names the first key that differs.
   """
-  if '://' in str(path):
-    raise UserError(f'The workdir {path} is not a local folder; buckets are not supported yet.')
-  path = pathlib.Path(path)
+  path = storage.as_path(path)
   record = path / 'config.json'
   now = json.loads(config.to_json())
   if record.exists():
@@ -60,16 +61,13 @@ def open_workdir(path, config) -> pathlib.Path:
           'old value, or choose another --workdir.'
         )
   try:
-    path.mkdir(parents=True, exist_ok=True)
-    partial = path / 'config.json.partial'
-    partial.write_text(json.dumps(now, indent=1) + '\n')
-    partial.rename(record)
+    storage.write_json(record, now)
   except OSError as error:
-    raise UserError(f'Cannot write to the workdir {path}: {error.strerror}.') from error
+    raise UserError(f'Cannot write to the workdir {path}: {error.strerror or error}.') from error
   return path
 
 
-def check_origin(directory: pathlib.Path, origin: dict):
+def check_origin(directory: storage.Path, origin: dict):
   """Ties what is trained in `directory` to what it is trained on.
 
   Args:
@@ -81,10 +79,7 @@ def check_origin(directory: pathlib.Path, origin: dict):
   """
   record = directory / 'origin.json'
   if not record.exists():
-    directory.mkdir(parents=True, exist_ok=True)
-    partial = record.with_suffix('.partial')
-    partial.write_text(json.dumps(origin, indent=1) + '\n')
-    partial.rename(record)
+    storage.write_json(record, origin)
   then = json.loads(record.read_text())
   for name, fingerprint in origin.items():
     if then.get(name) != fingerprint:
