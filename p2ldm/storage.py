@@ -46,7 +46,7 @@ def as_path(path) -> Path:
     raise UserError(
       f'{path} is not a URL that can be used; a folder in a bucket is gs://BUCKET/FOLDER.'
     )
-  _bucket(rest.partition('/')[0])
+  connect(rest.partition('/')[0])
   return epath.Path(str(path))
 
 
@@ -190,7 +190,7 @@ def local_copy(directory) -> pathlib.Path:
   url = str(directory)
   place = CACHE.expanduser() / hashlib.sha256(url.encode()).hexdigest()[:16]
   copy, record = place / directory.name, place / 'objects.json'
-  root, bucket = url.partition('://')[2], _bucket(directory.parts[2])
+  root, bucket = url.partition('://')[2], connect(directory.parts[2])
   with _explained(url):
     found = bucket.find(root, detail=True)
   objects = {
@@ -207,10 +207,10 @@ def local_copy(directory) -> pathlib.Path:
       path.unlink(missing_ok=True)
   changed = [n for n, v in objects.items() if known.get(n) != v or not (copy / n).is_file()]
   for name in tqdm(changed, desc=f'fetching {url}', unit='file', disable=not changed):
-    partial = copy / f'{name}.{os.getpid()}.partial'
-    partial.parent.mkdir(parents=True, exist_ok=True)
+    partial = place / f'{os.getpid()}.partial'
     with _explained(url):
       bucket.get_file(f'{root}/{name}', str(partial))
+    (copy / name).parent.mkdir(parents=True, exist_ok=True)
     partial.replace(copy / name)
     known[name] = objects[name]
     write_json(record, known)
@@ -234,14 +234,14 @@ def temporary(directory: Path) -> Iterator[pathlib.Path]:
 def upload(folder: pathlib.Path, directory: epath.Path, last: str):
   """Copies a folder's files into one of a bucket, the file `last` after all others."""
   files = sorted(path for path in folder.rglob('*') if path.is_file())
-  bucket = _bucket(directory.parts[2])
+  bucket = connect(directory.parts[2])
   for path in sorted(files, key=lambda path: path == folder / last):
     with _explained(directory):
       bucket.put_file(str(path), str(directory / path.relative_to(folder).as_posix()))
 
 
 @functools.cache
-def _bucket(name: str):
+def connect(name: str):
   """The fsspec file system of Google Cloud Storage, once it is known that the bucket can be read."""
   if importlib.util.find_spec('gcsfs') is None:
     raise UserError(
