@@ -11,15 +11,16 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-import test_evaluator_directory
 import tiny_model
 from etils import epath
+from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
 from p2ldm import prepare, storage
 from p2ldm.data.prepared import open_dataset, ordered_batches
 from p2ldm.errors import UserError
-from p2ldm.interop import evaluator_directory, model_directory
+from p2ldm.interop import evaluator_directory, model_directory, weights
+from p2ldm.interop.evaluator_directory import EvaluatorParts
 from p2ldm.training.metrics import MetricWriter
 from p2ldm.training.workdir import check_origin, open_workdir
 
@@ -41,6 +42,27 @@ def cache(tmp_path_factory, monkeypatch):
 
 def names(folder) -> set[str]:
   return {path.name for path in storage.as_path(folder).iterdir()}
+
+
+def tiny_evaluator() -> EvaluatorParts:
+  fields = {
+    'patch': 2,
+    'channels': 8,
+    'channel_multipliers': [1],
+    'num_res_blocks': 1,
+    'num_classes': 3,
+  }
+  shapes = weights.evaluator_shapes(evaluator_directory.MODULES['parser'], fields, 16, 'parser')
+  params = {name: np.full(shape, 0.5, np.float32) for name, shape in shapes.items()}
+  return EvaluatorParts(
+    'parser',
+    16,
+    fields,
+    tiny_model.SCHEMA,
+    {'step': 5},
+    {'miou': 0.5},
+    unflatten_dict(params, sep='.'),
+  )
 
 
 def full_disk(*_, **__):
@@ -245,7 +267,7 @@ def test_a_model_in_a_bucket(bucket):
 
 
 def test_an_evaluator_in_a_bucket(bucket):
-  parts = test_evaluator_directory.make_parts('parser')
+  parts = tiny_evaluator()
   saved = evaluator_directory.save(f'{bucket}/evaluators/parser/model', parts)
   assert evaluator_directory.exists(f'{bucket}/evaluators', 'parser')
   assert not evaluator_directory.exists(f'{bucket}/evaluators', 'classifier')
