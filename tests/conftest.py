@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import socket
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # Eight virtual devices, for the tests of sharding; everything else runs on the first.
@@ -55,18 +54,9 @@ def tiny_faces(tmp_path_factory) -> pathlib.Path:
 def bucket() -> str:
   """gs://faces of a Google Cloud Storage that runs on this machine; each test takes a folder of its own."""
   pytest.importorskip('gcsfs')
-  emulator = pytest.importorskip('gcp_storage_emulator.server')
-  with socket.create_server(('127.0.0.1', 0)) as free:
-    port = free.getsockname()[1]
-  url = f'http://127.0.0.1:{port}'
-  os.environ |= {
-    'STORAGE_EMULATOR_HOST': url,  # gcsfs
-    'TENSORSTORE_GCS_HTTP_URL': url,  # and TensorStore, which writes Orbax' arrays
-    'GCE_METADATA_ROOT': '127.0.0.1:1',  # nobody there: neither looks for credentials on the network
-    'NO_GCE_CHECK': 'true',
-    'FSSPEC_GCS_TOKEN': 'anon',
-  }
-  server = emulator.create_server('127.0.0.1', port, in_memory=True, default_bucket='faces')
-  server.start()
+  pytest.importorskip('gcp_storage_emulator')
+  import gcs_emulator
+
+  server = gcs_emulator.start('faces')
   yield 'gs://faces'
   server.stop()

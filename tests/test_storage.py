@@ -314,11 +314,12 @@ def test_orbax_keeps_its_checkpoints_in_a_bucket(bucket):
   sharding = jax.sharding.NamedSharding(
     jax.make_mesh((8,), ('fsdp',)), jax.sharding.PartitionSpec('fsdp')
   )
-  state = {'w': jax.device_put(np.arange(16, dtype=np.float32), sharding)}
+  values = {name: np.arange(16 * size, dtype=np.float32) for name, size in (('w', 1), ('b', 2000))}
+  state = jax.device_put(values, sharding)
   options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
   with ocp.CheckpointManager(directory, options=options) as manager:
     for step in (1, 2, 3):
-      manager.save(step, args=ocp.args.StandardSave({'w': step * state['w']}))
+      manager.save(step, args=ocp.args.StandardSave({**state, 'w': step * state['w']}))
   assert names(directory) == {'2', '3'}
   with ocp.CheckpointManager(directory, options=options) as manager:
     assert manager.latest_step() == 3
@@ -327,3 +328,4 @@ def test_orbax_keeps_its_checkpoints_in_a_bucket(bucket):
     )
     restored = manager.restore(3, args=ocp.args.StandardRestore(target))
   np.testing.assert_array_equal(restored['w'], 3 * np.arange(16))
+  np.testing.assert_array_equal(restored['b'], values['b'])
