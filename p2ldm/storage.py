@@ -68,7 +68,8 @@ def write_bytes(path, content: bytes):
   """Writes a file, whole or not at all; one that is there is replaced. Its folder is made."""
   path = as_path(path)
   if is_remote(path):
-    path.write_bytes(content)  # objects appear when they are complete
+    with _explained(path):
+      path.write_bytes(content)  # objects appear when they are complete
     return
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_name(f'{path.name}.{os.getpid()}.partial')
