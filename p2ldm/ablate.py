@@ -9,13 +9,12 @@ The workdir receives results.md (a table, mean and spread over the seeds), resul
 they are written after every cell, so that a part of the table can be read while the rest is trained.
 """
 
-import pathlib
 import re
 
 from absl import flags
 from ml_collections import config_flags
 
-from p2ldm import errors
+from p2ldm import errors, storage
 from p2ldm.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -62,7 +61,7 @@ def main():
     raise UserError(f'--cells={_CELLS.value} matches no cell; --list names them.')
   use_compilation_cache()
   path = config_flags.get_config_filename(flags.FLAGS['config'])
-  workdir = pathlib.Path(_WORKDIR.value or default_workdir(path))
+  workdir = storage.as_path(_WORKDIR.value or default_workdir(path))
   for results, real in ablation.run(_CONFIG.value, workdir, chosen):
     ablation_results.write(workdir, results, real)
   print(f'{workdir}/results.md has the table; plots lie beside.')

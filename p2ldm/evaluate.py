@@ -17,12 +17,10 @@ NAME_0.png, NAME_1.png, ...; 00017.png is face 17) are held against that face's 
 --out receives report.md, report.json and plots, when everything in it is complete.
 """
 
-import pathlib
-
 from absl import flags
 from ml_collections import config_flags
 
-from p2ldm import errors
+from p2ldm import errors, storage
 from p2ldm.errors import UserError
 
 # Flags that set a field of `Protocol`: name, kind of flag, default, help.
@@ -135,7 +133,7 @@ def _measure_images(images, data, protocol, load):
 
   if data is None:
     raise UserError('--data is missing: the prepared data set to compare the images with.')
-  dataset = open_dataset(pathlib.Path(data).expanduser())
+  dataset = open_dataset(storage.as_path(data).expanduser())
   instruments = load()
   folder = subjects.open_folder(images, dataset, protocol, instruments)
   evaluation.check_fit(dataset, instruments)
@@ -235,8 +233,8 @@ def main(model=None):
     )
   from p2ldm.training.workdir import use_compilation_cache
 
-  subject = pathlib.Path(model or values.images).expanduser()
-  out = pathlib.Path(values.out).expanduser() if values.out else subject / 'evaluation'
+  subject = storage.as_path(model or values.images).expanduser()
+  out = storage.as_path(values.out).expanduser() if values.out else subject / 'evaluation'
   protocol = read_protocol(values)
   use_compilation_cache()
   evaluate(

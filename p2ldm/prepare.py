@@ -13,14 +13,13 @@ import json
 import pathlib
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 
 from absl import flags
 from tqdm import tqdm
 
 import p2ldm
-from p2ldm import errors
+from p2ldm import errors, storage
 from p2ldm.data import image_files, splits
 from p2ldm.data.labels import LabelSchema
 from p2ldm.data.raw import open_raw
@@ -44,8 +43,9 @@ def prepare(
   """Prepares a data set.
 
   Args:
-    raw: folder of the raw data set, see `raw_official` and `raw_folder`.
-    out: folder to write; what `tfds.builder_from_directory` reads, schema.json and prepare.json.
+    raw: folder of the raw data set, see `raw_official` and `raw_folder`; on this machine.
+    out: folder to write, which may lie in a bucket: what `tfds.builder_from_directory` reads, schema.json
+      and prepare.json.
     image_size: S, pixels a side of images and masks.
     split_scheme: one of `splits.SCHEMES`, or 'auto' for `splits.default_scheme`.
     schema: replaces the raw data set's own.
@@ -60,7 +60,8 @@ def prepare(
   Raises:
     UserError: bad input; the message names the file. Neither `out` nor a part of it is left.
   """
-  raw, out = pathlib.Path(raw).expanduser(), pathlib.Path(out).expanduser()
+  storage.check_local(raw, '--raw')
+  raw, out = pathlib.Path(raw).expanduser(), storage.as_path(out).expanduser()
   if image_size < 8:
     raise UserError(f'--image_size={image_size} is too small; 8 pixels at least.')
   _check_out(raw, out, overwrite)
@@ -84,10 +85,11 @@ def prepare(
   # Imports TensorFlow, which `--help` and early errors need not wait for.
   from p2ldm.data import celebamask_hq
 
-  with _new_directory(out, overwrite) as work, tqdm(total=len(good), unit='face') as bar:
+  with _new_directory(out) as work, tqdm(total=len(good), unit='face') as bar:
+    (work / 'unfinished').mkdir()
     try:
       builder = celebamask_hq.write_records(
-        work,
+        work / 'unfinished',
         faces=good,
         splits=assigned,
         schema=faces.schema,
@@ -98,8 +100,6 @@ def prepare(
       )
     except UserError as error:
       raise error if skip_bad else UserError(f'{error} {_SKIP_HINT}') from error
-    except OSError as error:
-      raise UserError(f'Cannot write {out}: {error}.') from error
     sizes = builder.source_sizes.most_common()
     upscaled = sum(count for size, count in sizes if min(size) < image_size)
     notes = list(faces.notes)
@@ -123,7 +123,9 @@ def prepare(
     }
     faces.schema.save(builder.data_path / 'schema.json')
     (builder.data_path / 'prepare.json').write_text(json.dumps(report, indent=1) + '\n')
-    pathlib.Path(builder.data_path).rename(work / 'finished')
+    for path in pathlib.Path(builder.data_path).iterdir():
+      path.rename(work / path.name)
+    shutil.rmtree(work / 'unfinished')
   return report
 
 
@@ -144,13 +146,12 @@ def prepare_embedded(out, num_faces: int, image_size: int, seed: int = 0) -> dic
   """
   from p2ldm.data import synthetic
 
-  out = pathlib.Path(out).expanduser()
+  out = storage.as_path(out).expanduser()
   if num_faces < 2:
     raise UserError(f'{num_faces} embedded faces are too few: one to train on and one held out.')
   _check_out(None, out, overwrite=False)
-  out.absolute().parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(prefix=f'{out.name}.raw-', dir=out.absolute().parent) as work:
-    raw = pathlib.Path(work) / 'raw'
+  with storage.temporary(out) as work:
+    raw = work / 'raw'
     synthetic.write_raw(raw, num_faces, 2 * image_size, seed)
     entries = {
       'source': 'embedded synthetic faces',
@@ -161,8 +162,9 @@ def prepare_embedded(out, num_faces: int, image_size: int, seed: int = 0) -> dic
     return prepare(raw, out, image_size, split_scheme='last_tenth', entries=entries)
 
 
-def _check_out(raw: pathlib.Path | None, out: pathlib.Path, overwrite: bool):
+def _check_out(raw: pathlib.Path | None, out: storage.Path, overwrite: bool):
   """Refuses an `out` that exists, or whose replacement would destroy something else."""
+  raw = None if storage.is_remote(out) else raw
   if raw and raw.resolve() in (out.resolve(), *out.resolve().parents):
     raise UserError(f'--out={out} lies in the raw data set {raw}; choose another folder.')
   if raw and out.resolve() in raw.resolve().parents and overwrite:
@@ -178,20 +180,13 @@ def _check_out(raw: pathlib.Path | None, out: pathlib.Path, overwrite: bool):
 
 
 @contextlib.contextmanager
-def _new_directory(out: pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
-  """A temporary sibling of `out`; its entry `finished` becomes `out` in the end, the rest is removed."""
+def _new_directory(out: storage.Path) -> Iterator[pathlib.Path]:
+  """A folder to write into, which becomes `out` in the end."""
   try:
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    work = pathlib.Path(tempfile.mkdtemp(prefix=f'{out.name}.partial-', dir=out.absolute().parent))
+    with storage.new_directory(out, last='prepare.json') as work:
+      yield work
   except OSError as error:
     raise UserError(f'Cannot write {out}: {error}.') from error
-  try:
-    yield work
-    if out.exists() and (overwrite or not any(out.iterdir())):
-      out.rename(work / 'replaced')
-    (work / 'finished').rename(out)
-  finally:
-    shutil.rmtree(work, ignore_errors=True)
 
 
 def summary(report: dict, out) -> str:

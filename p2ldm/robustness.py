@@ -11,11 +11,10 @@ that were trained with conditions left out at random and models that were not ca
 """
 
 import dataclasses
-import pathlib
 
 from absl import flags
 
-from p2ldm import errors
+from p2ldm import errors, storage
 from p2ldm.errors import UserError
 from p2ldm.evaluate import protocol_flags, read_protocol
 
@@ -77,7 +76,7 @@ def measure(
 
   report.check_out(out, overwrite)
   names = tuple(names) or tuple(CORRUPTIONS)
-  models = [pathlib.Path(model) for model in models]
+  models = [storage.as_path(model) for model in models]
   directories = _directories(models)
   configs = [model_config.read(directory / 'config.json') for directory in directories]
   dataset = subjects.open_data(data, configs[0], models[0])
@@ -114,20 +113,22 @@ def measure(
   return results
 
 
-def _directories(models: list[pathlib.Path]) -> list[pathlib.Path]:
+def _directories(models: list[storage.Path]) -> list[storage.Path]:
   """The model directories; raises `UserError` if there is none, or one twice."""
   from p2ldm.interop import model_directory
 
   first = {}
   for model in models:
-    directory = model_directory.find(model).resolve()
+    directory = model_directory.find(model)
+    if not storage.is_remote(directory):
+      directory = directory.resolve()
     if directory in first:
       raise UserError(f'{first[directory]} and {model} are the same model; give each model once.')
     first[directory] = model
   return list(first)
 
 
-def _name(model: pathlib.Path, models: list[pathlib.Path]) -> str:
+def _name(model: storage.Path, models: list[storage.Path]) -> str:
   """The last parts of a path that tell it from the others."""
   for count in range(1, len(model.parts) + 1):
     names = ['/'.join(other.parts[-count:]) for other in models]
@@ -143,11 +144,11 @@ def main(*models):
     raise UserError('Give at least one model, as in `python -m p2ldm.robustness runs/multi_tiny`.')
   from p2ldm.training.workdir import use_compilation_cache
 
-  out = pathlib.Path(values.out).expanduser()
+  out = storage.as_path(values.out).expanduser()
   protocol = read_protocol(values)
   use_compilation_cache()
   measure(
-    [pathlib.Path(model).expanduser() for model in models],
+    [storage.as_path(model).expanduser() for model in models],
     data=values.data,
     evaluators=values.evaluators,
     out=out,

@@ -14,12 +14,10 @@ everything in it is complete. To see what a model knows:
 import math
 import pathlib
 import re
-import shutil
-import tempfile
 
 from absl import flags
 
-from p2ldm import errors
+from p2ldm import errors, storage
 from p2ldm.data.labels import UNSPECIFIED, UNSPECIFIED_COLOR, LabelSchema
 from p2ldm.errors import UserError
 
@@ -43,21 +41,21 @@ def draw(model, out, attributes=None, mask=None, num_images=8, overwrite=False, 
   """
   from p2ldm.pipeline import Pipeline  # imports JAX, which --help and a bad flag need not wait for
 
-  out = pathlib.Path(out).expanduser()
+  out = storage.as_path(out).expanduser()
   _check_out(out, overwrite)
-  pipeline = Pipeline.from_pretrained(pathlib.Path(model).expanduser())
+  pipeline = Pipeline.from_pretrained(storage.as_path(model).expanduser())
   attributes, mask = pipeline.read_conditions(attributes, mask, num_images)
   faces = pipeline(attributes, mask, num_images, **options)
+
+  def earlier():
+    names = [path.name for path in out.iterdir()] if out.exists() else []
+    return filter(_OURS.fullmatch, names)
+
   try:
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    work = pathlib.Path(tempfile.mkdtemp(prefix=f'.{out.name}.', dir=out.absolute().parent))
-    try:
+    with storage.new_files(out, last='grid.png', remove=earlier) as work:
       for i, face in enumerate(faces):
         face.save(work / f'{i:03d}.png')
       _grid(pipeline, faces, attributes, mask).save(work / 'grid.png')
-      _publish(work, out)
-    finally:
-      shutil.rmtree(work, ignore_errors=True)
   except OSError as error:
     raise UserError(f'Cannot write {out}: {error.strerror or error}.') from error
 
@@ -70,7 +68,9 @@ def describe(model) -> str:
   """
   from p2ldm.interop import model_config, model_directory
 
-  config = model_config.read(model_directory.find(pathlib.Path(model).expanduser()) / 'config.json')
+  config = model_config.read(
+    model_directory.find(storage.as_path(model).expanduser()) / 'config.json'
+  )
   if config['denoiser'] is None:
     raise UserError(f'{model} holds an autoencoder alone, which draws nothing.')
   schema = LabelSchema.from_dict(config['schema'])
@@ -92,7 +92,7 @@ def describe(model) -> str:
   return '\n'.join(lines)
 
 
-def _check_out(out: pathlib.Path, overwrite: bool):
+def _check_out(out: storage.Path, overwrite: bool):
   if out.exists() and not out.is_dir():
     raise UserError(f'--out={out} is a file; give a folder.')
   if out.exists() and any(out.iterdir()) and not overwrite:
@@ -119,19 +119,6 @@ def _grid(pipeline, faces, attributes, mask):
     columns=max(4, math.ceil(math.sqrt(len(shown)))),
     titles=('Attributes', 'Mask', 'Real face', title),
   )
-
-
-def _publish(work: pathlib.Path, out: pathlib.Path):
-  """Gives the finished folder its name, or moves its pictures into the one that is there."""
-  if not out.exists():
-    work.chmod(0o755)  # mkdtemp made it private
-    work.rename(out)
-    return
-  for path in out.iterdir():
-    if _OURS.fullmatch(path.name):
-      path.unlink()
-  for path in work.iterdir():
-    path.rename(out / path.name)
 
 
 def define_flags():

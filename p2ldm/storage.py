@@ -1,21 +1,31 @@
-"""Folders and files on a disk or in a bucket (gs://, s3://), and writing them whole or not at all.
+"""Folders and files on a disk or in a bucket (gs://), and writing them whole or not at all.
 
 On a disk a new file or folder is written beside the old one and takes its name in one step. A bucket has no
-such step for folders: there their files are copied one by one, and the one that readers look for first
-is copied last.
+such step for folders: there their files are copied one by one, and the one by which readers tell that a
+folder is complete goes first and comes back last.
+
+What libraries read themselves (array_record, memory maps, safetensors) is copied from a bucket to this
+machine before it is opened: `local_copy`.
 """
 
 import contextlib
+import functools
+import hashlib
+import importlib.util
 import json
 import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from etils import epath
+from tqdm import tqdm
 
 from p2ldm.errors import UserError
+
+Path = pathlib.Path | epath.Path
+CACHE = pathlib.Path('~/.cache/p2ldm/remote')
 
 
 def is_remote(path) -> bool:
@@ -23,19 +33,46 @@ def is_remote(path) -> bool:
   return '://' in str(path)
 
 
-def as_path(path) -> epath.Path:
-  """A path that reads and writes like `pathlib.Path`, on a disk or in a bucket."""
-  return epath.Path(path)
+def as_path(path) -> Path:
+  """A path that reads and writes like `pathlib.Path`, on a disk or in a bucket.
+
+  Raises:
+    UserError: a URL of another kind than gs://, gcsfs is not installed, or the bucket cannot be reached.
+  """
+  if not is_remote(path):
+    return pathlib.Path(path)
+  scheme, _, rest = str(path).partition('://')
+  if scheme != 'gs' or not rest.strip('/'):
+    raise UserError(
+      f'{path} is not a URL that can be used; a folder in a bucket is gs://BUCKET/FOLDER.'
+    )
+  connect(rest.partition('/')[0])
+  return epath.Path(str(path))
+
+
+def absolute(path) -> Path:
+  """The path from the root; a URL is one already."""
+  path = as_path(path)
+  return path if is_remote(path) else path.absolute()
+
+
+def check_local(path, what: str):
+  """Raises `UserError` where a URL is given for `what`, which has to be on this machine."""
+  if is_remote(path):
+    raise UserError(
+      f'{what}={path} is a URL, and has to be a place on this machine; copy it here first.'
+    )
 
 
 def write_bytes(path, content: bytes):
   """Writes a file, whole or not at all; one that is there is replaced. Its folder is made."""
   path = as_path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
   if is_remote(path):
-    path.write_bytes(content)  # objects appear when they are complete
+    with _explained(path):
+      path.write_bytes(content)  # objects appear when they are complete
     return
-  partial = pathlib.Path(f'{path}.{os.getpid()}.partial')
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_name(f'{path.name}.{os.getpid()}.partial')
   try:
     partial.write_bytes(content)
     partial.replace(path)
@@ -49,37 +86,45 @@ def write_text(path, text: str):
 
 
 def write_json(path, value):
-  """Writes a JSON file as `write_text` does."""
+  """Writes a JSON file as `write_bytes` does."""
   write_text(path, json.dumps(value, indent=1) + '\n')
 
 
 def read_json(path):
   """What a JSON file holds, None if there is none or it cannot be read."""
+  path = as_path(path)
   try:
-    return json.loads(as_path(path).read_text())
+    return json.loads(path.read_text())
   except (OSError, ValueError):
     return None
 
 
 @contextlib.contextmanager
-def new_directory(directory, last: str) -> Iterator[pathlib.Path]:
+def new_directory(
+  directory, last: str, ours: Collection[str] | None = None
+) -> Iterator[pathlib.Path]:
   """A folder to write into, which takes the name `directory` when the block ends without an error.
 
   Args:
     directory: the name; a folder that has it is replaced.
     last: the file by which readers tell that the folder is complete; in a bucket it is copied last.
+    ours: names of what is replaced of an older folder; whatever else it holds is carried over. None
+      carries nothing over.
 
   Yields:
     An empty folder on this machine.
   """
-  directory = as_path(directory)
+  directory = absolute(directory)
   if is_remote(directory):
-    with tempfile.TemporaryDirectory() as folder:
-      new = pathlib.Path(folder)
+    with temporary(directory) as new:
       yield new
+      (directory / last).unlink(missing_ok=True)
       upload(new, directory, last)
+      written = {path.name for path in new.iterdir()}
+      for path in list(directory.iterdir()):
+        if path.name not in written and (ours is None or path.name in ours):
+          path.rmtree() if path.is_dir() else path.unlink()
     return
-  directory = pathlib.Path(directory).absolute()
   new = directory.with_name(f'.{directory.name}.{os.getpid()}.new')
   old = directory.with_name(f'.{directory.name}.{os.getpid()}.old')
   shutil.rmtree(new, ignore_errors=True)
@@ -87,6 +132,10 @@ def new_directory(directory, last: str) -> Iterator[pathlib.Path]:
     new.mkdir(parents=True)
     yield new
     if directory.exists():
+      for path in directory.iterdir() if ours is not None else ():
+        if path.name not in ours:
+          copy = shutil.copytree if path.is_dir() else shutil.copy2
+          copy(path, new / path.name)
       directory.rename(old)
     try:
       new.rename(directory)
@@ -99,23 +148,126 @@ def new_directory(directory, last: str) -> Iterator[pathlib.Path]:
   shutil.rmtree(old, ignore_errors=True)
 
 
-def upload(folder: pathlib.Path, directory: epath.Path, last: str):
-  """Copies a folder's files into `directory`, the file `last` after all others."""
-  files = sorted(path for path in folder.rglob('*') if path.is_file())
-  for path in sorted(files, key=lambda path: path == folder / last):
-    target = directory / path.relative_to(folder).as_posix()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    epath.Path(path).copy(target, overwrite=True)
+@contextlib.contextmanager
+def new_files(directory, last: str, remove=lambda: ()) -> Iterator[pathlib.Path]:
+  """A folder to write into, whose files move into `directory` when the block ends without an error.
+
+  Args:
+    directory: where they go; other files there stay. It is made if need be.
+    last: the file that moves last.
+    remove: called before the first moves; gives the names of the older files to remove.
+
+  Yields:
+    An empty folder on this machine.
+  """
+  directory = absolute(directory)
+  with temporary(directory) as work:
+    yield work
+    if not is_remote(directory) and not directory.exists():
+      work.chmod(0o755)  # it was made for its owner alone
+      work.rename(directory)
+      return
+    for name in list(remove()):
+      (directory / name).unlink(missing_ok=True)
+    if is_remote(directory):
+      upload(work, directory, last)
+      return
+    for path in sorted(work.iterdir(), key=lambda path: path.name == last):
+      path.replace(directory / path.name)
 
 
 def local_copy(directory) -> pathlib.Path:
   """The folder itself if it is on this machine, else a copy of it in ~/.cache/p2ldm/remote.
 
-  The copy is made once: files whose size and modification time are unchanged are not fetched again.
+  The copy is brought up to date: objects that have changed are fetched, each whole or not at all, and those
+  that are gone are removed. A folder that does not exist gives an empty copy.
 
   Raises:
-    UserError: there is no such folder, or it cannot be read.
+    UserError: as `as_path`, or an object cannot be fetched.
   """
+  directory = as_path(directory)
   if not is_remote(directory):
-    return pathlib.Path(directory)
-  raise UserError(f'{directory}: buckets are not supported yet.')  # helper A
+    return directory
+  url = str(directory)
+  place = CACHE.expanduser() / hashlib.sha256(url.encode()).hexdigest()[:16]
+  copy, record = place / directory.name, place / 'objects.json'
+  root, bucket = url.partition('://')[2], connect(directory.parts[2])
+  with _explained(url):
+    found = bucket.find(root, detail=True)
+  objects = {
+    name.removeprefix(root).lstrip(
+      '/'
+    ): f'{info.get("generation")} {info.get("etag")} {info["size"]}'
+    for name, info in found.items()
+    if name.startswith(f'{root}/') and not name.endswith('/')
+  }
+  known = read_json(record) or {}
+  copy.mkdir(parents=True, exist_ok=True)
+  for path in [path for path in copy.rglob('*') if path.is_file()]:
+    if path.relative_to(copy).as_posix() not in objects:
+      path.unlink(missing_ok=True)
+  changed = [n for n, v in objects.items() if known.get(n) != v or not (copy / n).is_file()]
+  for name in tqdm(changed, desc=f'fetching {url}', unit='file', disable=not changed):
+    partial = place / f'{os.getpid()}.partial'
+    with _explained(url):
+      bucket.get_file(f'{root}/{name}', str(partial))
+    (copy / name).parent.mkdir(parents=True, exist_ok=True)
+    partial.replace(copy / name)
+    known[name] = objects[name]
+    write_json(record, known)
+  return copy
+
+
+@contextlib.contextmanager
+def temporary(directory: Path) -> Iterator[pathlib.Path]:
+  """A folder that is removed at the end: a sibling of `directory`, or anywhere for one in a bucket."""
+  parent = None
+  if not is_remote(directory):
+    parent = directory.parent
+    parent.mkdir(parents=True, exist_ok=True)
+  work = pathlib.Path(tempfile.mkdtemp(prefix=f'.{directory.name}.', dir=parent))
+  try:
+    yield work
+  finally:
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def upload(folder: pathlib.Path, directory: epath.Path, last: str):
+  """Copies a folder's files into one of a bucket, the file `last` after all others."""
+  files = sorted(path for path in folder.rglob('*') if path.is_file())
+  bucket = connect(directory.parts[2])
+  for path in sorted(files, key=lambda path: path == folder / last):
+    with _explained(directory):
+      bucket.put_file(str(path), str(directory / path.relative_to(folder).as_posix()))
+
+
+@functools.cache
+def connect(name: str):
+  """The fsspec file system of Google Cloud Storage, once it is known that the bucket can be read."""
+  if importlib.util.find_spec('gcsfs') is None:
+    raise UserError(
+      f"gs://{name} is a bucket, and buckets need gcsfs: pip install 'p2ldm[buckets]', or give a folder on "
+      'this machine.'
+    )
+  import fsspec
+
+  # Other processes and TensorStore write beside this one: what was listed before is not to be trusted.
+  fsspec.config.conf.setdefault('gcs', {})['use_listings_cache'] = False
+  with _explained(f'gs://{name}'):
+    storage = fsspec.filesystem('gcs')
+    storage.find(f'{name}/.p2ldm')
+  return storage
+
+
+@contextlib.contextmanager
+def _explained(url):
+  """Whatever goes wrong with a bucket (many types of error) becomes a `UserError`."""
+  try:
+    yield
+  except Exception as error:
+    reason = ' '.join(str(error).split())[:200] or type(error).__name__
+    raise UserError(
+      f'{url} cannot be read or written ({reason}). Check that there is such a bucket and that this machine '
+      'may use it: on a laptop, `gcloud auth application-default login`; on a VM, the roles of its service '
+      'account.'
+    ) from error

@@ -48,3 +48,15 @@ def tiny_faces(tmp_path_factory) -> pathlib.Path:
   tiny_evaluation.write_folder(path / 'raw')
   prepare(path / 'raw', path / 'faces', image_size=tiny_evaluation.SIZE)
   return path / 'faces'
+
+
+@pytest.fixture(scope='session')
+def bucket() -> str:
+  """gs://faces of a Google Cloud Storage that runs on this machine; each test takes a folder of its own."""
+  pytest.importorskip('gcsfs')
+  pytest.importorskip('gcp_storage_emulator')
+  import gcs_emulator
+
+  server = gcs_emulator.start('faces')
+  yield 'gs://faces'
+  server.stop()

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from p2ldm import storage
 from p2ldm.errors import UserError
 
 UNSPECIFIED = 255  # the class id of a mask pixel nobody has labelled
@@ -217,7 +218,7 @@ class LabelSchema:
       UserError: there is no such file, it is not JSON, or not a schema.
     """
     try:
-      values = json.loads(pathlib.Path(path).read_text())
+      values = json.loads(storage.as_path(path).read_text())
     except (OSError, ValueError) as error:
       raise UserError(f'Cannot read the label schema {path}: {error}') from error
     return cls.from_dict(values, str(path))

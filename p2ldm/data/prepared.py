@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from p2ldm import storage
 from p2ldm.data.corrupt import CorruptRecords, damaged
 from p2ldm.data.decoding import note_if_corrupt, pixels, read_batch
 from p2ldm.data.labels import UNSPECIFIED, LabelSchema
@@ -114,7 +115,7 @@ def open_dataset(directory, image_size: int = 256) -> PreparedDataset:
   """Opens a prepared data set.
 
   Args:
-    directory: where it lies.
+    directory: where it lies; what lies in a bucket is copied to this machine.
     image_size: the size wanted, for the command that the message about a missing data set shows; what
       is there is opened at whatever size it has.
 
@@ -123,7 +124,7 @@ def open_dataset(directory, image_size: int = 256) -> PreparedDataset:
   """
   import tensorflow_datasets as tfds
 
-  directory = pathlib.Path(directory)
+  directory = storage.as_path(directory)
   if not (directory / 'prepare.json').is_file():
     what = 'is no prepared data set' if directory.exists() else 'does not exist'
     raise UserError(
@@ -131,6 +132,7 @@ def open_dataset(directory, image_size: int = 256) -> PreparedDataset:
       f'--out={directory} --image_size={image_size}`, or try everything without a download on embedded '
       'synthetic faces with --config=configs/multi.py:tiny.'
     )
+  directory = storage.local_copy(directory)
   try:
     report = json.loads((directory / 'prepare.json').read_text())
     if not isinstance(report['image_size'], int) or not all(

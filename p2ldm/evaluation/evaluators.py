@@ -1,12 +1,10 @@
 """The parser and the classifier as evaluation uses them: uint8 images in, labels out."""
 
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from p2ldm import sharding
+from p2ldm import sharding, storage
 from p2ldm.data.labels import LabelSchema
 from p2ldm.errors import UserError
 from p2ldm.interop import evaluator_directory
@@ -146,7 +144,7 @@ def make_evaluator(parts: EvaluatorParts, mesh=None, compute_dtype: str = 'auto'
   return kinds[parts.kind](parts, mesh, compute_dtype)
 
 
-def load_parser(directory: str | pathlib.Path, mesh=None, compute_dtype: str = 'auto') -> Parser:
+def load_parser(directory: str | storage.Path, mesh=None, compute_dtype: str = 'auto') -> Parser:
   """The parser of an evaluator directory, or of a workdir that has parser/model.
 
   Args:
@@ -161,7 +159,7 @@ def load_parser(directory: str | pathlib.Path, mesh=None, compute_dtype: str = '
 
 
 def load_classifier(
-  directory: str | pathlib.Path, mesh=None, compute_dtype: str = 'auto'
+  directory: str | storage.Path, mesh=None, compute_dtype: str = 'auto'
 ) -> Classifier:
   """As `load_parser`, for the classifier of a directory or of a workdir that has classifier/model."""
   return make_evaluator(evaluator_directory.load(directory, 'classifier'), mesh, compute_dtype)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image
 
-from p2ldm import pictures
+from p2ldm import pictures, storage
 from p2ldm.data.image_files import IMAGE_SUFFIXES, read_image
 from p2ldm.data.labels import UNSPECIFIED, LabelSchema
 from p2ldm.data.prepared import PreparedDataset, labelled, ordered_batches
@@ -146,12 +146,12 @@ def _conditions(
 
 
 def folder_files(directory) -> list[pathlib.Path]:
-  """The images of a folder, by name.
+  """The images of a folder, by name; those of a bucket are copied to this machine.
 
   Raises:
     UserError: there is no such folder, or no image in it.
   """
-  directory = pathlib.Path(directory)
+  directory = storage.local_copy(directory)
   if not directory.is_dir():
     raise UserError(f'There is no folder {directory}; --images takes a folder of images.')
   files = [p for p in sorted(directory.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES]

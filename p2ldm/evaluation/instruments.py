@@ -1,9 +1,6 @@
 """Finds what figures are read with: parser, classifier, feature networks, LPIPS; says what is left out."""
 
-import json
-import pathlib
-
-from p2ldm import sharding
+from p2ldm import sharding, storage
 from p2ldm.errors import UserError
 from p2ldm.evaluation import features, reference
 from p2ldm.evaluation.evaluators import load_classifier, load_parser
@@ -54,7 +51,7 @@ def load_instruments(
   return Instruments(parser, classifier, tuple(spaces), lpips, cache or reference.CACHE, mesh)
 
 
-def find_evaluators(evaluators, model) -> dict[str, pathlib.Path]:
+def find_evaluators(evaluators, model) -> dict[str, storage.Path]:
   """The directories of the evaluators that there are, {'parser' or 'classifier': directory}.
 
   Args:
@@ -65,7 +62,7 @@ def find_evaluators(evaluators, model) -> dict[str, pathlib.Path]:
   Raises:
     UserError: `evaluators` is given and holds neither.
   """
-  places = [pathlib.Path(evaluators).expanduser()] if evaluators else _places_of(model)
+  places = [storage.as_path(evaluators).expanduser()] if evaluators else _places_of(model)
   found = {}
   for kind, wanted_for in _WANTED_FOR.items():
     for place in places:
@@ -88,17 +85,17 @@ def find_evaluators(evaluators, model) -> dict[str, pathlib.Path]:
   return found
 
 
-def _places_of(model) -> list[pathlib.Path]:
+def _places_of(model) -> list[storage.Path]:
   if model is None:
     return []
-  directory = model_directory.find(model).absolute()
-  places = [pathlib.Path(model)]
+  directory = storage.absolute(model_directory.find(model))
+  places = [storage.as_path(model)]
   if directory.name == 'model':
     workdir = directory.parent
-    places += [workdir] if workdir != places[0].absolute() else []
+    places += [workdir] if workdir != storage.absolute(places[0]) else []
     try:
-      pretrained = json.loads((workdir / 'config.json').read_text())['evaluators']['pretrained']
-    except (OSError, ValueError, KeyError, TypeError):
+      pretrained = storage.read_json(workdir / 'config.json')['evaluators']['pretrained']
+    except (KeyError, TypeError):
       pretrained = ''
-    places += [pathlib.Path(pretrained).expanduser()] if pretrained else []
+    places += [storage.as_path(pretrained).expanduser()] if pretrained else []
   return places

@@ -16,6 +16,7 @@ import tempfile
 import numpy as np
 from absl import logging
 
+from p2ldm import storage
 from p2ldm.data.prepared import PreparedDataset, ordered_batches
 from p2ldm.errors import UserError
 from p2ldm.evaluation.features import FeatureSpace
@@ -63,7 +64,7 @@ def reference_features(
     'protocol': space.protocol,
     'weights_sha256': space.weights_sha256,
   }
-  path = pathlib.Path(cache).expanduser() / f'{_digest(json.dumps(origin).encode())[:32]}.npy'
+  path = storage.as_path(cache).expanduser() / f'{_digest(json.dumps(origin).encode())[:32]}.npy'
   features = _read(path, origin, (count, space.dim))
   if features is None:
     _make_folder(path.parent)
@@ -78,7 +79,7 @@ def reference_features(
   return features
 
 
-def _read(path: pathlib.Path, origin: dict, shape: tuple[int, int]) -> np.ndarray | None:
+def _read(path: storage.Path, origin: dict, shape: tuple[int, int]) -> np.ndarray | None:
   """The cached features, or None where there are none that can be trusted."""
   try:
     about = json.loads(path.with_suffix('.json').read_text())
@@ -94,15 +95,14 @@ def _read(path: pathlib.Path, origin: dict, shape: tuple[int, int]) -> np.ndarra
   return np.load(io.BytesIO(content), allow_pickle=False).reshape(shape)
 
 
-def _write(path: pathlib.Path, origin: dict, features: np.ndarray):
+def _write(path: storage.Path, origin: dict, features: np.ndarray):
   """The array, then the page that vouches for it; each appears whole or not at all."""
   buffer = io.BytesIO()
   np.save(buffer, features, allow_pickle=False)
   content = buffer.getvalue()
-  about = json.dumps(_about(origin, content), indent=1) + '\n'
   try:
-    _write_whole(path, content)
-    _write_whole(path.with_suffix('.json'), about.encode())
+    storage.write_bytes(path, content)
+    storage.write_json(path.with_suffix('.json'), _about(origin, content))
   except OSError as error:
     raise _unwritable(path.parent, error) from error
 
@@ -111,18 +111,10 @@ def _about(origin: dict, content: bytes) -> dict:
   return origin | {'sha256': _digest(content)}
 
 
-def _write_whole(path: pathlib.Path, content: bytes):
-  handle, part = tempfile.mkstemp(prefix='.', suffix='.part', dir=path.parent)
-  try:
-    with os.fdopen(handle, 'wb') as file:
-      file.write(content)
-    os.replace(part, path)
-  finally:
-    pathlib.Path(part).unlink(missing_ok=True)
-
-
-def _make_folder(folder: pathlib.Path):
+def _make_folder(folder: storage.Path):
   """Makes the cache's folder, so that one that cannot be written is known before the long work."""
+  if storage.is_remote(folder):
+    return
   try:
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()
@@ -130,7 +122,7 @@ def _make_folder(folder: pathlib.Path):
     raise _unwritable(folder, error) from error
 
 
-def _unwritable(folder: pathlib.Path, error: OSError) -> UserError:
+def _unwritable(folder: storage.Path, error: OSError) -> UserError:
   return UserError(
     f'Features cannot be cached in {folder} ({error.strerror}). Name another folder for the cache.'
   )

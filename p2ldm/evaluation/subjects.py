@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from p2ldm import storage
 from p2ldm.data.prepared import PreparedDataset, face_names, labelled, open_dataset
 from p2ldm.errors import UserError
 from p2ldm.evaluation import faces
@@ -63,12 +64,12 @@ def open_data(data, config: Mapping, model) -> PreparedDataset:
   """
   size = config['image_size']
   if data:
-    return open_dataset(pathlib.Path(data).expanduser(), size)
+    return open_dataset(storage.as_path(data).expanduser(), size)
   source = config['provenance'].get('data_set')
   how = f'give --data=DIR (a data set prepared at {size} px).'
   if not source:
     raise UserError(f'The model {model} does not say what it was trained on; {how}')
-  if not (pathlib.Path(source) / 'prepare.json').is_file():
+  if not (storage.as_path(source) / 'prepare.json').is_file():
     raise UserError(f'The model {model} was trained on {source}, which is not here; {how}')
   return open_dataset(source, size)
 

@@ -6,19 +6,18 @@
     ceiling.json           its figures on held-out real faces: the most that a generator can be credited
     README.md              the same in words
 
-It appears whole or not at all, and no pickle is read from or written to it.
+It may lie in a bucket. It appears whole or not at all, and no pickle is read from or written to it.
 """
 
 import dataclasses
 import json
-import os
 import pathlib
-import shutil
 from collections.abc import Mapping
 
 import flax.linen as nn
 import jax.numpy as jnp
 
+from p2ldm import storage
 from p2ldm.data.labels import LabelSchema
 from p2ldm.errors import UserError
 from p2ldm.interop import weights
@@ -76,31 +75,15 @@ def save(directory, parts: EvaluatorParts) -> EvaluatorParts:
   Raises:
     UserError: `directory` holds something else, or the parts do not fit one another.
   """
-  directory = pathlib.Path(directory).absolute()
+  directory = storage.absolute(directory)
   empty = not directory.exists() or (directory.is_dir() and not any(directory.iterdir()))
   if not empty and _kind(directory) is None:
     raise UserError(
       f'{directory} exists and is not an evaluator directory, so it is not replaced. Choose another '
       'name, or remove it.'
     )
-  new = directory.with_name(f'.{directory.name}.{os.getpid()}.new')
-  old = directory.with_name(f'.{directory.name}.{os.getpid()}.old')
-  shutil.rmtree(new, ignore_errors=True)
-  try:
-    new.mkdir(parents=True)
-    parts = _write(new, parts)
-    if directory.exists():
-      directory.rename(old)
-    try:
-      new.rename(directory)
-    except OSError:
-      if old.exists():
-        old.rename(directory)
-      raise
-  finally:
-    shutil.rmtree(new, ignore_errors=True)
-  shutil.rmtree(old, ignore_errors=True)
-  return parts
+  with storage.new_directory(directory, last='config.json') as new:
+    return _write(new, parts)
 
 
 def load(directory, kind: str) -> EvaluatorParts:
@@ -117,9 +100,9 @@ def load(directory, kind: str) -> EvaluatorParts:
     UserError: there is no such evaluator, a file is missing, damaged or no JSON, or the tensors are
       not those of the architecture that config.json describes.
   """
-  directory = find(directory, kind)
+  directory = storage.local_copy(find(directory, kind))
   path = directory / 'config.json'
-  config = _json(path)
+  config = storage.read_json(path)
   missing = [key for key in _KEYS if key not in config]
   if missing or config['format'] != _FORMAT or not isinstance(config['sha256'], Mapping):
     what = f'lacks {missing[0]!r}' if missing else f'has the format {config["format"]!r}'
@@ -139,19 +122,26 @@ def load(directory, kind: str) -> EvaluatorParts:
       'config.json. Copy the evaluator again, or export it again.'
     )
   parts = EvaluatorParts(
-    kind, size, config['module'], schema, config['provenance'], _json(ceiling), params, digest
+    kind,
+    size,
+    config['module'],
+    schema,
+    config['provenance'],
+    storage.read_json(ceiling),
+    params,
+    digest,
   )
   _check(parts, str(path))
   return parts
 
 
-def find(directory, kind: str) -> pathlib.Path:
+def find(directory, kind: str) -> storage.Path:
   """The evaluator directory that `directory` is or, as a training workdir, has.
 
   Raises:
     UserError: there is none of this kind; the message says how to get one.
   """
-  path = pathlib.Path(directory)
+  path = storage.as_path(directory)
   if not path.exists():
     raise UserError(f'There is no {kind} {path}: the folder does not exist. {_HOW}')
   if not path.is_dir():
@@ -172,14 +162,14 @@ def find(directory, kind: str) -> pathlib.Path:
 
 def exists(directory, kind: str) -> bool:
   """Whether `find` finds an evaluator of this kind."""
-  path = pathlib.Path(directory)
+  path = storage.as_path(directory)
   return any(_kind(c) == kind for c in (path, path / 'model', path / kind / 'model'))
 
 
 def exported_step(directory) -> int | None:
   """The training step of the evaluator in a directory, None if there is no evaluator."""
-  path = pathlib.Path(directory)
-  return _json(path / 'config.json')['provenance']['step'] if _kind(path) else None
+  path = storage.as_path(directory)
+  return storage.read_json(path / 'config.json')['provenance']['step'] if _kind(path) else None
 
 
 def _write(directory: pathlib.Path, parts: EvaluatorParts) -> EvaluatorParts:
@@ -214,16 +204,8 @@ def _check(parts: EvaluatorParts, source: str):
     )
 
 
-def _kind(directory: pathlib.Path) -> str | None:
+def _kind(directory: storage.Path) -> str | None:
   """The kind of the evaluator in a directory, None if there is none."""
-  config = _json(directory / 'config.json')
+  config = storage.read_json(directory / 'config.json')
   kind = config.get('kind') if isinstance(config, dict) else None
   return kind if kind in MODULES else None
-
-
-def _json(path: pathlib.Path):
-  """What a JSON file holds, None if it cannot be read."""
-  try:
-    return json.loads(path.read_text())
-  except (OSError, ValueError):
-    return None

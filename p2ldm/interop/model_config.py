@@ -1,8 +1,8 @@
 """config.json of a model directory: its keys, and whether its parts fit one another."""
 
 import json
-import pathlib
 
+from p2ldm import storage
 from p2ldm.data.labels import LabelSchema
 from p2ldm.errors import UserError
 
@@ -19,7 +19,7 @@ KEYS = (
 )
 
 
-def read(path: pathlib.Path) -> dict:
+def read(path: storage.Path) -> dict:
   """Reads and checks a config.json.
 
   Raises:

@@ -6,18 +6,17 @@
     denoiser.safetensors      condition encoder and U-Net (their moving averages)
     README.md                 the model card
 
-It appears whole or not at all, and no pickle is read from or written to it. An autoencoder alone makes a
-model directory too: "denoiser" is null in its config.json, and there is no denoiser.safetensors.
+It may lie in a bucket. It appears whole or not at all, and no pickle is read from or written to it. An
+autoencoder alone makes a model directory too: "denoiser" is null in its config.json, and there is no
+denoiser.safetensors.
 """
 
 import dataclasses
 import json
-import os
-import pathlib
-import shutil
 
 import jax.numpy as jnp
 
+from p2ldm import storage
 from p2ldm.errors import UserError
 from p2ldm.interop import model_config, weights
 from p2ldm.interop.model_card import model_card
@@ -61,8 +60,7 @@ class ModelParts:
 def save(directory, parts: ModelParts):
   """Writes a model directory, whole or not at all; a model that is there is replaced.
 
-  Everything is written to a temporary sibling, which then takes the directory's name. Files of a
-  replaced directory that are not part of a model (figures, say) are carried over.
+  Files of a replaced directory that are not part of a model (figures, say) are carried over.
 
   Args:
     directory: the folder to make; its parents are made as well.
@@ -71,17 +69,13 @@ def save(directory, parts: ModelParts):
   Raises:
     UserError: `directory` holds something else than a model, or the parts do not fit one another.
   """
-  directory = pathlib.Path(directory).absolute()
+  directory = storage.absolute(directory)
   _check_replaceable(directory)
   config = {**parts.config, 'format': model_config.FORMAT}
   source = 'The config of the model to save'
   model_config.check(config, source)
   shapes = _shapes(config, source)
-  new = directory.with_name(f'.{directory.name}.{os.getpid()}.new')
-  old = directory.with_name(f'.{directory.name}.{os.getpid()}.old')
-  shutil.rmtree(new, ignore_errors=True)
-  try:
-    new.mkdir(parents=True)
+  with storage.new_directory(directory, last='config.json', ours=_FILES) as new:
     params = {'autoencoder': parts.autoencoder, 'denoiser': parts.denoiser}
     config['sha256'] = {
       f'{name}.safetensors': weights.write_weights(
@@ -91,17 +85,13 @@ def save(directory, parts: ModelParts):
     }
     (new / 'README.md').write_text(model_card(config))
     (new / 'config.json').write_text(json.dumps(config, indent=1) + '\n')
-    _replace(directory, new, old)
-  finally:
-    shutil.rmtree(new, ignore_errors=True)
-  shutil.rmtree(old, ignore_errors=True)
 
 
 def load(directory) -> ModelParts:
   """Reads a model directory, or the one in a training workdir (DIR/model), and checks everything.
 
   Args:
-    directory: of the model, or the workdir.
+    directory: of the model, or the workdir; it may be a URL.
 
   Returns:
     The model; parameters are float32 NumPy arrays.
@@ -110,7 +100,7 @@ def load(directory) -> ModelParts:
     UserError: there is no model, a file is missing, damaged or no JSON, or the tensors are not those
       of the architecture that config.json describes.
   """
-  directory = find(directory)
+  directory = storage.local_copy(find(directory))
   config = model_config.read(directory / 'config.json')
   shapes = _shapes(config, str(directory / 'config.json'))
   params = {'denoiser': None}
@@ -120,13 +110,13 @@ def load(directory) -> ModelParts:
   return ModelParts(config, **params)
 
 
-def find(directory) -> pathlib.Path:
+def find(directory) -> storage.Path:
   """The model directory that `directory` is or, as a training workdir, has.
 
   Raises:
     UserError: there is none; the message says how to get one.
   """
-  path = pathlib.Path(directory)
+  path = storage.as_path(directory)
   if (path / 'model' / 'config.json').is_file():
     return path / 'model'
   if not path.exists():
@@ -138,7 +128,7 @@ def find(directory) -> pathlib.Path:
       f'{path} holds an autoencoder, not a model that draws. Train one on it with '
       f'--config.autoencoder.pretrained={path}, or, if its own run has a diffusion stage, let that go on.'
     )
-  config = _json(path / 'config.json')
+  config = storage.read_json(path / 'config.json')
   is_run = isinstance(config, dict) and 'compute_dtype' in config  # a key of configs/base.py
   if is_run or any(path.glob('checkpoints')) or any(path.glob('*/checkpoints')):
     raise UserError(
@@ -150,35 +140,10 @@ def find(directory) -> pathlib.Path:
   return path
 
 
-def _json(path: pathlib.Path):
-  """What a JSON file holds, None if it cannot be read."""
-  try:
-    return json.loads(path.read_text())
-  except (OSError, ValueError):
-    return None
-
-
-def _replace(directory: pathlib.Path, new: pathlib.Path, old: pathlib.Path):
-  """Gives `new` the name `directory`; what was there becomes `old`, and comes back on failure."""
-  if not directory.exists():
-    new.rename(directory)
-    return
-  for path in directory.iterdir():
-    if path.name not in _FILES:
-      copy = shutil.copytree if path.is_dir() else shutil.copy2
-      copy(path, new / path.name)
-  directory.rename(old)
-  try:
-    new.rename(directory)
-  except OSError:
-    old.rename(directory)
-    raise
-
-
-def _check_replaceable(directory: pathlib.Path):
+def _check_replaceable(directory: storage.Path):
   if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
     return
-  config = _json(directory / 'config.json')
+  config = storage.read_json(directory / 'config.json')
   if not isinstance(config, dict) or not set(model_config.KEYS) <= config.keys():
     raise UserError(
       f'{directory} exists and is not a model directory, so it is not replaced. Choose another name '

@@ -12,12 +12,12 @@ import json
 import math
 import os
 import pathlib
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from p2ldm import storage
 from p2ldm.data.labels import LabelSchema
 from p2ldm.errors import UserError
 from p2ldm.evaluation.evaluation import Result
@@ -46,10 +46,10 @@ def check_out(out, overwrite: bool):
   Raises:
     UserError: `out` is a file, cannot be written, or holds something and no report may be replaced there.
   """
-  out = pathlib.Path(out)
+  out = storage.as_path(out)
   if out.exists() and not out.is_dir():
     raise UserError(f'--out={out} is a file; give a folder.')
-  _check_writable(out.expanduser().absolute())
+  _check_writable(storage.absolute(out.expanduser()))
   if not out.exists() or not any(out.iterdir()):
     return
   if not any(_read(out, kind) for kind in _KINDS):
@@ -63,8 +63,10 @@ def check_out(out, overwrite: bool):
     )
 
 
-def _check_writable(out: pathlib.Path):
+def _check_writable(out: storage.Path):
   """Makes and removes a folder where `out` is to appear, and in `out`, if it is there."""
+  if storage.is_remote(out):
+    return
   parent = next(path for path in out.parents if path.exists())
   for folder in (parent, out) if out.exists() else (parent,):
     try:
@@ -106,7 +108,7 @@ def write_report(
     _write_text(folder / 'report.md', report_text.markdown(report, captions))
     _write_text(folder / 'report.json', to_json(report))
 
-  _publish(pathlib.Path(out), 'report', overwrite, write)
+  _publish(storage.as_path(out), 'report', overwrite, write)
 
 
 def write_robustness(
@@ -153,7 +155,7 @@ def write_robustness(
     _write_text(folder / 'robustness.md', robustness_text.markdown(report, figures, captions))
     _write_text(folder / 'robustness.json', to_json(report))
 
-  _publish(pathlib.Path(out), 'robustness', overwrite, write)
+  _publish(storage.as_path(out), 'robustness', overwrite, write)
 
 
 def plain(value):
@@ -202,40 +204,24 @@ def _write_text(path: pathlib.Path, text: str):
   path.write_text(text, encoding='utf-8')
 
 
-def _read(folder: pathlib.Path, kind: str) -> dict | None:
+def _read(folder: storage.Path, kind: str) -> dict | None:
   """The JSON of an earlier report, None if there is none of this kind."""
-  try:
-    report = json.loads((folder / f'{kind}.json').read_text(encoding='utf-8'))
-  except (OSError, ValueError):
-    return None
+  report = storage.read_json(folder / f'{kind}.json')
   keys = ('format', *_KINDS[kind])
   return report if isinstance(report, dict) and all(key in report for key in keys) else None
 
 
-def _publish(out: pathlib.Path, kind: str, overwrite: bool, write: Callable[[pathlib.Path], None]):
-  """Lets `write` fill a temporary sibling, and gives it the name `out` or moves its files there."""
-  out = out.expanduser().absolute()
+def _publish(out: storage.Path, kind: str, overwrite: bool, write: Callable[[pathlib.Path], None]):
+  """Lets `write` fill a folder, and moves its files to `out`: JSON last, for where it is all is complete."""
+  out = storage.absolute(out.expanduser())
   check_out(out, overwrite)
+
+  def earlier():
+    names = (_read(out, kind) or {}).get('pictures') or []
+    return [name for name in names if name == pathlib.Path(name).name]
+
   try:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = pathlib.Path(tempfile.mkdtemp(prefix=f'.{out.name}.', dir=out.parent))
-    try:
+    with storage.new_files(out, last=f'{kind}.json', remove=earlier) as work:
       write(work)
-      _rename(work, out, kind)
-    finally:
-      shutil.rmtree(work, ignore_errors=True)
   except OSError as error:
     raise UserError(f'Cannot write {out}: {error.strerror or error}.') from error
-
-
-def _rename(work: pathlib.Path, out: pathlib.Path, kind: str):
-  if not out.exists():
-    work.chmod(0o755)  # mkdtemp made it private
-    work.rename(out)
-    return
-  earlier = (_read(out, kind) or {}).get('pictures') or []
-  for path in (out / name for name in earlier if name == pathlib.Path(name).name):
-    path.unlink(missing_ok=True)
-  # JSON comes last: where it is, the report is complete.
-  for path in sorted(work.iterdir(), key=lambda path: path.suffix == '.json'):
-    os.replace(path, out / path.name)

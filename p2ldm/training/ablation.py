@@ -11,14 +11,13 @@ A cell that has figures is not run again; one that was interrupted goes on from 
 import copy
 import dataclasses
 import json
-import pathlib
 import time
 from collections.abc import Iterator
 
 import jax
 from ml_collections import ConfigDict
 
-from p2ldm import sharding
+from p2ldm import sharding, storage
 from p2ldm.evaluation.evaluation import check_fit, evaluate_model
 from p2ldm.evaluation.protocol import Protocol
 from p2ldm.evaluation.sets import Instruments, num_reference
@@ -93,7 +92,7 @@ def run(
   Raises:
     UserError: a config, the data set or the workdir is at fault.
   """
-  workdir, run_config = pathlib.Path(workdir), config.run
+  workdir, run_config = storage.as_path(workdir), config.run
   mesh = sharding.make_mesh(run_config.mesh.data, run_config.mesh.fsdp)
   protocol = Protocol(**run_config.evaluation.to_dict())
   for cell in cells(config):
@@ -111,7 +110,7 @@ def run(
     yield results, read_figures(bench.real_path, bench.about(run_config)) or {}
 
 
-def read_cell(cell: Cell, workdir: pathlib.Path, bench: 'Bench') -> dict | None:
+def read_cell(cell: Cell, workdir: storage.Path, bench: 'Bench') -> dict | None:
   """The figures of a cell that was run to its end, else None."""
   path = workdir / 'cells' / cell.directory / 'figures.json'
   figures = read_figures(path, bench.about(cell.config))
@@ -122,7 +121,7 @@ def read_cell(cell: Cell, workdir: pathlib.Path, bench: 'Bench') -> dict | None:
   return figures
 
 
-def run_cell(cell: Cell, workdir: pathlib.Path, mesh, shared, bench: 'Bench') -> dict:
+def run_cell(cell: Cell, workdir: storage.Path, mesh, shared, bench: 'Bench') -> dict:
   """Trains one cell and measures it.
 
   Returns:
@@ -145,7 +144,7 @@ def run_cell(cell: Cell, workdir: pathlib.Path, mesh, shared, bench: 'Bench') ->
   figures['cost'] = {'training_s': training_seconds(metrics), 'evaluation_s': evaluation_s}
   figures['probe'] = read_probe(metrics)
   figures['about'] = bench.about(cell.config)
-  write_json(directory / 'figures.json', figures)
+  storage.write_json(directory / 'figures.json', figures)
   jax.clear_caches()  # each cell compiles networks of its own
   return figures
 
@@ -154,7 +153,7 @@ class Bench:
   """Measures models of one ablation, all with the same instruments."""
 
   def __init__(
-    self, config: ConfigDict, protocol: Protocol, workdir: pathlib.Path, shared: stages.Shared
+    self, config: ConfigDict, protocol: Protocol, workdir: storage.Path, shared: stages.Shared
   ):
     """Takes the ablation's config and what its cells share; loads the instruments."""
     from p2ldm.evaluation import features
@@ -190,7 +189,7 @@ class Bench:
       Pipeline.from_pretrained(model), self._dataset, self.protocol, self._instruments, first
     )
     if first:
-      write_json(self.real_path, {**result.figures, 'about': self.about(self._config)})
+      storage.write_json(self.real_path, {**result.figures, 'about': self.about(self._config)})
     return result.figures
 
   def about(self, config) -> dict:
@@ -237,7 +236,7 @@ def flat(values: dict, prefix: str = '') -> Iterator[tuple[str, object]]:
       yield f'{prefix}{key}', value
 
 
-def read_figures(path: pathlib.Path, wanted: dict) -> dict | None:
+def read_figures(path: storage.Path, wanted: dict) -> dict | None:
   """The figures in a file, None if there are none or they are `about` something else than `wanted`."""
   if not path.exists():
     return None
@@ -245,7 +244,7 @@ def read_figures(path: pathlib.Path, wanted: dict) -> dict | None:
   return figures if figures['about'] == wanted else None
 
 
-def read_probe(path: pathlib.Path) -> dict[str, dict[int, float]]:
+def read_probe(path: storage.Path) -> dict[str, dict[int, float]]:
   """{figure: {step: value}} of what the probe logged in a metrics.jsonl."""
   probe = {}
   for line in path.read_text().splitlines() if path.exists() else ():
@@ -256,16 +255,9 @@ def read_probe(path: pathlib.Path) -> dict[str, dict[int, float]]:
   return probe
 
 
-def training_seconds(path: pathlib.Path, stopped: float = 600.0) -> float:
+def training_seconds(path: storage.Path, stopped: float = 600.0) -> float:
   """Seconds between the first and the last line of a metrics.jsonl, pauses over `stopped` left out."""
   lines = path.read_text().splitlines() if path.exists() else []
   times = [json.loads(line)['time'] for line in lines]
   gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
   return round(sum(gap for gap in gaps if gap < stopped), 1)
-
-
-def write_json(path: pathlib.Path, values: dict):
-  """Writes a file whole or not at all."""
-  partial = path.with_suffix('.partial')
-  partial.write_text(json.dumps(values, indent=1) + '\n')
-  partial.rename(path)

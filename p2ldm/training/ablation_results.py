@@ -1,12 +1,13 @@
 """The results of an ablation as tables and plots: mean and spread over the seeds of each cell."""
 
-import pathlib
+import io
 from collections.abc import Iterable
 
 import numpy as np
 
+from p2ldm import storage
 from p2ldm.reports import plots
-from p2ldm.training.ablation import Cell, write_json
+from p2ldm.training.ablation import Cell
 
 # Columns of the tables: title, where the figure stands, digits, which condition it is about. A column
 # that no cell has a figure for is left out.
@@ -41,7 +42,7 @@ PLOTTED = ('mIoU, classes present', 'attributes, balanced accuracy', 'FID', 'KD-
 PROBED = ('mask_miou_present', 'attribute_balanced_accuracy')
 
 
-def write(workdir: pathlib.Path, results: list[tuple[Cell, dict]], real: dict):
+def write(workdir: storage.Path, results: list[tuple[Cell, dict]], real: dict):
   """Writes results.json, results.md, cells_*.png and probe_*.png, each whole or not at all.
 
   Args:
@@ -56,10 +57,8 @@ def write(workdir: pathlib.Path, results: list[tuple[Cell, dict]], real: dict):
     }
     for cell, figures in results
   ]  # fmt: skip
-  write_json(workdir / 'results.json', {'cells': rows, 'real': real})
-  partial = workdir / 'results.md.partial'
-  partial.write_text(markdown(results, real))
-  partial.rename(workdir / 'results.md')
+  storage.write_json(workdir / 'results.json', {'cells': rows, 'real': real})
+  storage.write_text(workdir / 'results.md', markdown(results, real))
   for title, path, _, _ in columns(results):
     if title not in PLOTTED:
       continue
@@ -255,7 +254,7 @@ def _file(title: str) -> str:
   return ''.join(c if c.isalnum() else '_' for c in title.lower()).strip('_')
 
 
-def _save(figure, path: pathlib.Path):
-  partial = path.with_suffix('.partial')
-  figure.savefig(partial, format='png')
-  partial.rename(path)
+def _save(figure, path: storage.Path):
+  buffer = io.BytesIO()
+  figure.savefig(buffer, format='png')
+  storage.write_bytes(path, buffer.getvalue())

@@ -28,9 +28,7 @@ class Checkpoints:
 
   def __init__(self, directory, keep: int = 3):
     """Opens (and makes) `directory`; the newest `keep` checkpoints are kept."""
-    self.directory = storage.as_path(directory)
-    if not storage.is_remote(directory):
-      self.directory = self.directory.absolute()
+    self.directory = storage.absolute(directory)
     self._manager = ocp.CheckpointManager(
       self.directory,
       options=ocp.CheckpointManagerOptions(

@@ -1,14 +1,13 @@
 """The stages 'parser' and 'classifier': train an evaluator, measure its ceiling, export it."""
 
 import dataclasses
-import pathlib
 from collections.abc import Callable
 
 import jax
 import numpy as np
 
 import p2ldm
-from p2ldm import processes, sharding
+from p2ldm import processes, sharding, storage
 from p2ldm.data.corrupt import CorruptRecords
 from p2ldm.data.labels import LabelSchema
 from p2ldm.data.prepared import PreparedDataset, labelled
@@ -30,7 +29,7 @@ EVALUATORS = {
 
 
 def run_evaluator(
-  kind: str, config, workdir: pathlib.Path, mesh, open_data: Callable[[], PreparedDataset]
+  kind: str, config, workdir: storage.Path, mesh, open_data: Callable[[], PreparedDataset]
 ) -> Evaluator:
   """Loads the pretrained evaluator, or the workdir's, or trains one and exports it.
 
@@ -51,7 +50,7 @@ def run_evaluator(
     parts = evaluator_directory.load(pretrained, kind)
     evaluator = make_evaluator(parts, local, config.compute_dtype)
     evaluator.check_image_size(config.data.image_size, 'those of this run')
-    for path in (workdir / 'latents', pathlib.Path(config.data.dir)):
+    for path in (workdir / 'latents', storage.as_path(config.data.dir)):
       if (path / 'schema.json').exists():
         evaluator.check_schema(LabelSchema.load(path / 'schema.json'), f'this run ({path})')
     return evaluator
@@ -67,7 +66,7 @@ def run_evaluator(
   return train_evaluator(kind, config, workdir, mesh, open_data())
 
 
-def complete(kind: str, config, workdir: pathlib.Path) -> bool:
+def complete(kind: str, config, workdir: storage.Path) -> bool:
   """Whether the workdir has this evaluator, trained to its last step and exported."""
   if not processes.is_main():
     return processes.from_main(False)
@@ -76,7 +75,7 @@ def complete(kind: str, config, workdir: pathlib.Path) -> bool:
   return processes.from_main(loop.finished(directory, num_steps) and exported == num_steps)
 
 
-def check_labels(kind: str, config, workdir: pathlib.Path, open_data):
+def check_labels(kind: str, config, workdir: storage.Path, open_data):
   """Raises `UserError` if the evaluator is to be trained and no face has the labels it learns.
 
   Arguments as of `run_evaluator`.
@@ -108,7 +107,7 @@ def no_labels(kind: str, dataset: PreparedDataset, split: str) -> UserError:
 
 
 def train_evaluator(
-  kind: str, config, workdir: pathlib.Path, mesh, dataset: PreparedDataset
+  kind: str, config, workdir: storage.Path, mesh, dataset: PreparedDataset
 ) -> Evaluator:
   """Trains an evaluator to its last step and exports it with its ceiling."""
   from p2ldm.training import evaluator_tasks  # needs TensorFlow

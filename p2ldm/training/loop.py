@@ -124,6 +124,8 @@ class Run:
           self._look(step, state)
         # Last: a run killed during the above makes up for it when it starts again.
         if saves:
+          if self._writer:
+            self._writer.flush()
           self._checkpoints.save(step, state)
     except FloatingPointError:
       self._save_last_good(state)

@@ -19,35 +19,35 @@ from p2ldm import pictures, storage
 
 
 class MetricWriter:
-  """Writes the metrics of one task; every call carries the step it belongs to."""
+  """Writes the metrics of one task; every call carries the step it belongs to.
+
+  Objects in a bucket do not grow: there the files are written on this machine, and copied once a minute, by
+  `flush` and by `close`.
+  """
 
   def __init__(self, directory, first_step: int):
     """Opens the event file and metrics.jsonl in `directory`.
 
     Args:
-      directory: the task's.
+      directory: the task's; it may be a URL.
       first_step: the step a run goes on from; what an interrupted run wrote beyond it is dropped.
     """
-    self._directory, self._folder = storage.as_path(directory), None
-    path = pathlib.Path(directory)
-    if storage.is_remote(
-      directory
-    ):  # files in a bucket do not grow: these are copied there by `flush`
-      self._folder = tempfile.TemporaryDirectory()
-      path = pathlib.Path(self._folder.name)
-      if (self._directory / 'metrics.jsonl').exists():
-        (path / 'metrics.jsonl').write_bytes((self._directory / 'metrics.jsonl').read_bytes())
+    self._directory, self._scratch = storage.as_path(directory), None
+    path, kept = self._directory, []
+    if storage.is_remote(path):
+      self._scratch = tempfile.TemporaryDirectory()
+      path = pathlib.Path(self._scratch.name)
     path.mkdir(parents=True, exist_ok=True)
-    self._local = path
     self._events = EventFileWriter(str(path), flush_secs=20)
     start = SessionLog(status=SessionLog.START)
     self._events.add_event(Event(step=first_step + 1, wall_time=time.time(), session_log=start))
-    file = path / 'metrics.jsonl'
-    if file.exists():
-      rows = [row for row in file.read_text().splitlines() if row.endswith('}')]
+    earlier = self._directory / 'metrics.jsonl'
+    if earlier.exists():
+      rows = [row for row in earlier.read_text().splitlines() if row.endswith('}')]
       kept = [row for row in rows if json.loads(row)['step'] <= first_step]
-      storage.write_text(file, ''.join(f'{row}\n' for row in kept))
-    self._lines = file.open('a')
+    storage.write_text(path / 'metrics.jsonl', ''.join(f'{row}\n' for row in kept))
+    self._lines = (path / 'metrics.jsonl').open('a')
+    self._copied = time.monotonic()
 
   def scalars(self, step: int, values: dict):
     """Writes named numbers."""
@@ -55,6 +55,8 @@ class MetricWriter:
     summary = Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in values.items()])
     self._events.add_event(Event(step=step, wall_time=time.time(), summary=summary))
     print(json.dumps({'step': step, 'time': time.time(), **values}), file=self._lines, flush=True)
+    if time.monotonic() - self._copied > 60:
+      self.flush()
 
   def image(self, step: int, name: str, image: np.ndarray):
     """Writes one picture, (H, W, 3) uint8."""
@@ -68,19 +70,22 @@ class MetricWriter:
     self._events.add_event(Event(step=step, wall_time=time.time(), summary=summary))
 
   def flush(self):
-    """Writes out what was added so far."""
+    """Brings to where the files belong all that was written so far."""
     self._events.flush()
-    if self._folder:
-      for path in self._local.iterdir():
-        storage.write_bytes(self._directory / path.name, path.read_bytes())
+    self._copy()
 
   def close(self):
     """Flushes and closes both files."""
     self._events.close()
     self._lines.close()
-    if self._folder:
-      self.flush()
-      self._folder.cleanup()
+    self._copy()
+    if self._scratch:
+      self._scratch.cleanup()
+
+  def _copy(self):
+    if self._scratch:
+      storage.upload(pathlib.Path(self._scratch.name), self._directory, last='metrics.jsonl')
+    self._copied = time.monotonic()
 
 
 class Means:

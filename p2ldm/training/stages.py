@@ -6,7 +6,6 @@ prepared data set -> autoencoder -> latent cache -> diffusion -> model directory
 
 import functools
 import json
-import pathlib
 from typing import NamedTuple
 
 import jax
@@ -120,9 +119,9 @@ def noise_schedule(config) -> Schedule:
   return make_schedule(diffusion.num_timesteps, diffusion.beta_start, diffusion.beta_end)
 
 
-def autoencoder_directory(path) -> pathlib.Path:
+def autoencoder_directory(path) -> storage.Path:
   """Where the autoencoder lies: in a workdir its folder, else the model directory itself."""
-  path = pathlib.Path(path)
+  path = storage.as_path(path)
   return path / 'autoencoder' if (path / 'autoencoder').is_dir() else path
 
 
@@ -130,7 +129,7 @@ def open_data(config):
   """The prepared data set of a config; renders and prepares the embedded faces where it asks so."""
   from p2ldm.data.prepared import open_dataset  # needs tensorflow-datasets
 
-  path = pathlib.Path(config.data.dir)
+  path = storage.as_path(config.data.dir)
   if config.data.embedded_faces > 0:
     if processes.is_main() and not path.exists():
       from p2ldm.prepare import prepare_embedded
@@ -247,7 +246,7 @@ def is_complete(directory, model_dir, num_steps: int) -> bool:
   return processes.from_main(trained and exported_step(model_dir) == num_steps)
 
 
-def exported_step(model_dir: pathlib.Path) -> int | None:
+def exported_step(model_dir: storage.Path) -> int | None:
   """The training step of the model in a directory, None if there is no model."""
   record = model_dir / 'config.json'
   return json.loads(record.read_text())['provenance']['step'] if record.exists() else None

@@ -8,6 +8,8 @@ WORKDIR/
   latents/         the latent cache
   diffusion/       checkpoints, metrics, pictures
   model/           the model directory, rewritten whenever pictures are drawn
+
+It may lie in a bucket.
 """
 
 import fcntl
@@ -39,11 +41,11 @@ _FREE_TRAINING = ('num_steps', 'learning_rate', 'warmup_steps', 'final_learning_
                   'evaluation_faces', 'accumulation_steps', 'remat', 'on_non_finite')  # fmt: skip
 
 
-def open_workdir(path, config) -> pathlib.Path:
+def open_workdir(path, config) -> storage.Path:
   """Makes and claims the workdir, or checks that the one at hand was begun with this config.
 
   Args:
-    path: the folder.
+    path: the folder, or a URL (gs://BUCKET/FOLDER).
     config: the whole config of the run.
 
   Returns:
@@ -68,11 +70,14 @@ def open_workdir(path, config) -> pathlib.Path:
         )
   processes.barrier('the config is compared')
   if processes.is_main():
-    storage.write_json(record, now)
+    try:
+      storage.write_json(record, now)
+    except OSError as error:
+      raise UserError(f'Cannot write to the workdir {path}: {error.strerror or error}.') from error
   return path
 
 
-def check_origin(directory: pathlib.Path, origin: dict):
+def check_origin(directory: storage.Path, origin: dict):
   """Ties what is trained in `directory` to what it is trained on.
 
   Args:

@@ -1,0 +1,331 @@
+"""Files and folders, on a disk and in a bucket: whole or not at all, and the same for every reader."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import tiny_model
+from etils import epath
+from flax.traverse_util import unflatten_dict
+from ml_collections import ConfigDict
+
+from p2ldm import prepare, storage
+from p2ldm.data.prepared import open_dataset, ordered_batches
+from p2ldm.errors import UserError
+from p2ldm.interop import evaluator_directory, model_directory, weights
+from p2ldm.interop.evaluator_directory import EvaluatorParts
+from p2ldm.training.metrics import MetricWriter
+from p2ldm.training.workdir import check_origin, open_workdir
+
+
+@pytest.fixture(params=['disk', 'bucket'])
+def place(request, tmp_path):
+  """A folder of one's own: tests that take it hold for both."""
+  if request.param == 'disk':
+    return tmp_path
+  return storage.as_path(request.getfixturevalue('bucket')) / tmp_path.name
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+  path = tmp_path_factory.mktemp('cache')
+  monkeypatch.setattr(storage, 'CACHE', path)
+  return path
+
+
+def names(folder) -> set[str]:
+  return {path.name for path in storage.as_path(folder).iterdir()}
+
+
+def tiny_evaluator() -> EvaluatorParts:
+  fields = {
+    'patch': 2,
+    'channels': 8,
+    'channel_multipliers': [1],
+    'num_res_blocks': 1,
+    'num_classes': 3,
+  }
+  shapes = weights.evaluator_shapes(evaluator_directory.MODULES['parser'], fields, 16, 'parser')
+  params = {name: np.full(shape, 0.5, np.float32) for name, shape in shapes.items()}
+  return EvaluatorParts(
+    'parser',
+    16,
+    fields,
+    tiny_model.SCHEMA,
+    {'step': 5},
+    {'miou': 0.5},
+    unflatten_dict(params, sep='.'),
+  )
+
+
+def full_disk(*_, **__):
+  raise OSError(28, 'No space left on device')
+
+
+def test_files_are_written_and_replaced(place):
+  storage.write_json(place / 'a' / 'b.json', {'x': 1})
+  storage.write_json(place / 'a' / 'b.json', {'x': 2})
+  storage.write_bytes(place / 'a' / 'c', b'\x00\xff')
+  assert storage.read_json(place / 'a' / 'b.json') == {'x': 2}
+  assert (place / 'a' / 'c').read_bytes() == b'\x00\xff'
+  assert names(place / 'a') == {'b.json', 'c'}
+  assert storage.read_json(place / 'none.json') is None
+
+
+@pytest.mark.parametrize('step', ['write_bytes', 'replace'])
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch, step):
+  storage.write_text(tmp_path / 'a', 'old')
+  monkeypatch.setattr(pathlib.Path, step, full_disk)
+  with pytest.raises(OSError, match='No space'):
+    storage.write_text(tmp_path / 'a', 'new')
+  monkeypatch.undo()
+  assert (tmp_path / 'a').read_text() == 'old'
+  assert names(tmp_path) == {'a'}
+
+
+def write_folder(place, content: str, *more: str, ours=None):
+  with storage.new_directory(place / 'd', last='last', ours=ours) as new:
+    for name in ('last', *more):
+      (new / name).write_text(content)
+
+
+def test_a_folder_is_replaced_as_a_whole(place):
+  write_folder(place, '1', 'a', 'b')
+  write_folder(place, '2', 'a')
+  assert names(place / 'd') == {'a', 'last'}
+  assert (place / 'd' / 'a').read_text() == '2'
+  assert names(place) == {'d'}
+
+
+def test_what_is_not_ours_in_a_folder_stays(place):
+  write_folder(place, '1', 'a', 'b')
+  storage.write_text(place / 'd' / 'figures' / 'mine', 'mine')
+  write_folder(place, '2', 'a', ours=('last', 'a', 'b'))
+  assert names(place / 'd') == {'a', 'last', 'figures'}
+  assert (place / 'd' / 'figures' / 'mine').read_text() == 'mine'
+
+
+def test_an_error_on_the_way_leaves_the_old_folder(place):
+  write_folder(place, '1', 'a')
+  with pytest.raises(KeyError), storage.new_directory(place / 'd', last='last') as new:
+    (new / 'b').write_text('2')
+    raise KeyError
+  assert names(place / 'd') == {'a', 'last'}
+  assert names(place) == {'d'}
+
+
+def test_a_folder_in_a_bucket_is_incomplete_until_its_last_file_is_there(bucket, monkeypatch):
+  place = storage.as_path(bucket) / 'incomplete'
+  write_folder(place, '1', 'a', 'z')
+  seen, client = [], storage.connect('faces')
+  put = client.put_file
+
+  def look(source, target):
+    seen.append((pathlib.Path(source).name, (place / 'd' / 'last').exists()))
+    put(source, target)
+
+  monkeypatch.setattr(client, 'put_file', look)
+  write_folder(place, '2', 'a', 'z')
+  assert seen == [('a', False), ('z', False), ('last', False)]
+
+
+def test_files_join_those_of_a_folder(place):
+  for content in ('1', '2'):
+    with storage.new_files(place / 'd', 'last', lambda: ['b']) as work:
+      for name in ('a', 'last') + ('b',) * (content == '1'):
+        (work / name).write_text(content)
+    storage.write_text(place / 'd' / 'mine', 'mine')
+  assert names(place / 'd') == {'a', 'last', 'mine'}
+  assert (place / 'd' / 'a').read_text() == '2'
+  assert names(place) == {'d'}
+
+
+def test_a_folder_of_this_machine_is_its_own_local_copy(tmp_path, cache):
+  assert storage.local_copy(tmp_path) == tmp_path
+  assert not names(cache)
+
+
+def test_only_what_changed_is_fetched_again(bucket, tmp_path, monkeypatch):
+  place = storage.as_path(bucket) / 'copied'
+  for name in ('a', 'b', 'sub/c'):
+    storage.write_text(place / name, 'old')
+  copy = storage.local_copy(place)
+  assert {p.relative_to(copy).as_posix() for p in copy.rglob('*') if p.is_file()} == {
+    'a',
+    'b',
+    'sub/c',
+  }
+  storage.write_text(place / 'sub/c', 'new')  # as long as before, and in the same second
+  (place / 'b').unlink()
+  fetched, client = [], storage.connect('faces')
+  get = client.get_file
+
+  def look(source, target):
+    fetched.append(source)
+    get(source, target)
+
+  monkeypatch.setattr(client, 'get_file', look)
+  assert storage.local_copy(place) == copy
+  assert fetched == ['faces/copied/sub/c']
+  assert (copy / 'sub/c').read_text() == 'new'
+  assert not (copy / 'b').exists()
+
+
+def test_a_copy_that_breaks_off_leaves_no_half_file(bucket, monkeypatch):
+  place = storage.as_path(bucket) / 'broken_off'
+  storage.write_text(place / 'a', 'old')
+  copy = storage.local_copy(place)
+  storage.write_text(place / 'a', 'new')
+
+  def break_off(source, target):
+    pathlib.Path(target).write_text('ne')
+    raise ConnectionError('gone')
+
+  monkeypatch.setattr(storage.connect('faces'), 'get_file', break_off)
+  with pytest.raises(UserError, match='gs://faces/broken_off cannot be read .*gone'):
+    storage.local_copy(place)
+  assert (copy / 'a').read_text() == 'old'
+  monkeypatch.undo()
+  assert (storage.local_copy(place) / 'a').read_text() == 'new'
+  assert names(copy) == {'a'}
+
+
+def test_what_another_process_writes_is_seen_at_once(bucket):
+  place = f'{bucket}/listed'
+  storage.write_text(f'{place}/a', 'a')
+  assert names(place) == {'a'}
+  assert not (storage.as_path(place) / 'b').exists()
+  code = f"from p2ldm import storage; storage.write_text('{place}/b', 'b')"
+  subprocess.run([sys.executable, '-c', code], check=True)
+  assert names(place) == {'a', 'b'}
+
+
+@pytest.mark.parametrize(
+  'url, words',
+  [('s3://faces/a', 'gs://BUCKET'), ('gs://', 'gs://BUCKET'), ('https://x.org', 'gs://BUCKET')],
+)
+def test_other_urls_are_refused(url, words):
+  with pytest.raises(UserError, match=words):
+    storage.as_path(url)
+
+
+def test_a_bucket_without_gcsfs_says_what_to_install(monkeypatch):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(UserError, match=r"pip install 'p2ldm\[buckets\]'"):
+    storage.as_path('gs://another/folder')
+
+
+def test_a_bucket_that_is_not_there_is_an_error(bucket):
+  with pytest.raises(UserError, match='gs://missing cannot be read'):
+    storage.as_path('gs://missing/run')
+
+
+def test_tensorflow_does_not_change_how_buckets_are_read():
+  assert os.environ['EPATH_USE_TF'] == 'false'
+  assert epath.Path('gs://faces/a')._backend is epath.backend.fsspec_backend
+
+
+def test_raw_data_stay_on_this_machine(tmp_path):
+  with pytest.raises(UserError, match='--raw=gs://faces/raw is a URL'):
+    prepare.prepare('gs://faces/raw', tmp_path / 'out', image_size=32)
+
+
+def test_a_workdir_in_a_bucket_belongs_to_one_run(bucket):
+  url = f'{bucket}/workdir'
+  config = ConfigDict({'seed': 0, 'stages': ('autoencoder',)})
+  workdir = open_workdir(url, config)
+  assert json.loads((workdir / 'config.json').read_text())['seed'] == 0
+  open_workdir(url, ConfigDict({'seed': 0, 'stages': ()}))
+  with pytest.raises(UserError, match='gs://faces/workdir was begun with seed = 0'):
+    open_workdir(url, ConfigDict({'seed': 1, 'stages': ()}))
+  check_origin(workdir / 'diffusion', {'data set': 'x'})
+  with pytest.raises(UserError, match='another data set'):
+    check_origin(workdir / 'diffusion', {'data set': 'y'})
+
+
+def test_a_model_in_a_bucket(bucket):
+  parts, workdir = tiny_model.make_parts(), storage.as_path(f'{bucket}/model_run')
+  model_directory.save(workdir / 'model', parts)
+  storage.write_text(workdir / 'model' / 'figures' / 'mine', 'mine')
+  model_directory.save(workdir / 'model', parts)
+  assert (workdir / 'model' / 'figures' / 'mine').read_text() == 'mine'
+  loaded = model_directory.load(f'{bucket}/model_run')
+  jax.tree.map(np.testing.assert_array_equal, loaded.denoiser, parts.denoiser)
+  jax.tree.map(np.testing.assert_array_equal, loaded.autoencoder, parts.autoencoder)
+  with pytest.raises(UserError, match='no model directory gs://faces/no_model'):
+    model_directory.load(f'{bucket}/no_model')
+  storage.write_text(workdir / 'else' / 'a', 'a')
+  with pytest.raises(UserError, match='not a model directory'):
+    model_directory.save(workdir / 'else', parts)
+
+
+def test_an_evaluator_in_a_bucket(bucket):
+  parts = tiny_evaluator()
+  saved = evaluator_directory.save(f'{bucket}/evaluators/parser/model', parts)
+  assert evaluator_directory.exists(f'{bucket}/evaluators', 'parser')
+  assert not evaluator_directory.exists(f'{bucket}/evaluators', 'classifier')
+  loaded = evaluator_directory.load(f'{bucket}/evaluators', 'parser')
+  assert (loaded.sha256, loaded.ceiling) == (saved.sha256, parts.ceiling)
+  assert evaluator_directory.exported_step(f'{bucket}/evaluators/parser/model') == 5
+
+
+def test_a_data_set_prepared_into_a_bucket_is_read_as_from_a_disk(
+  bucket, raw_faces, prepared_faces
+):
+  url = f'{bucket}/data/faces'
+  prepare.prepare(raw_faces, url, image_size=32)
+  with pytest.raises(UserError, match='gs://faces/data/faces exists. Pass --overwrite'):
+    prepare.prepare(raw_faces, url, image_size=32)
+  there, here = open_dataset(url), open_dataset(prepared_faces)
+  assert there.fingerprint == here.fingerprint
+  for a, b in zip(
+    ordered_batches(there, 'train', 8), ordered_batches(here, 'train', 8), strict=True
+  ):
+    for name in b:
+      np.testing.assert_array_equal(a[name], b[name])
+  with pytest.raises(UserError, match='gs://faces/data/none does not exist'):
+    open_dataset(f'{bucket}/data/none')
+
+
+def test_metrics_in_a_bucket_go_on_where_they_were(bucket):
+  task = storage.as_path(bucket) / 'metrics' / 'diffusion'
+  writer = MetricWriter(task, 0)
+  for step in (1, 2, 3):
+    writer.scalars(step, {'loss': step})
+  writer.flush()
+  assert len((task / 'metrics.jsonl').read_text().splitlines()) == 3
+  writer.close()
+  writer = MetricWriter(task, 2)  # step 3 was lost
+  writer.scalars(3, {'loss': 30.0})
+  writer.close()
+  rows = [json.loads(row) for row in (task / 'metrics.jsonl').read_text().splitlines()]
+  assert [row['loss'] for row in rows] == [1.0, 2.0, 30.0]
+
+
+def test_orbax_keeps_its_checkpoints_in_a_bucket(bucket):
+  directory = storage.as_path(bucket) / 'orbax' / 'diffusion' / 'checkpoints'
+  sharding = jax.sharding.NamedSharding(
+    jax.make_mesh((8,), ('fsdp',)), jax.sharding.PartitionSpec('fsdp')
+  )
+  values = {name: np.arange(16 * size, dtype=np.float32) for name, size in (('w', 1), ('b', 2000))}
+  state = jax.device_put(values, sharding)
+  options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
+  with ocp.CheckpointManager(directory, options=options) as manager:
+    for step in (1, 2, 3):
+      manager.save(step, args=ocp.args.StandardSave({**state, 'w': step * state['w']}))
+  assert names(directory) == {'2', '3'}
+  with ocp.CheckpointManager(directory, options=options) as manager:
+    assert manager.latest_step() == 3
+    target = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state
+    )
+    restored = manager.restore(3, args=ocp.args.StandardRestore(target))
+  np.testing.assert_array_equal(restored['w'], 3 * np.arange(16))
+  np.testing.assert_array_equal(restored['b'], values['b'])
