@@ -182,8 +182,10 @@ def newest(directory: pathlib.Path) -> dict[str, np.ndarray]:
   import orbax.checkpoint as ocp
 
   steps = [int(path.name) for path in directory.iterdir() if path.name.isdigit()]
-  tree = ocp.StandardCheckpointer().restore((directory / str(max(steps)) / 'state').absolute())
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  path, checkpointer = (directory / str(max(steps)) / 'state').absolute(), ocp.PyTreeCheckpointer()
+  tree = checkpointer.metadata(path).item_metadata.tree
+  as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+  leaves = jax.tree_util.tree_leaves_with_path(checkpointer.restore(path, restore_args=as_numpy))
   return {jax.tree_util.keystr(path): np.asarray(value) for path, value in leaves}
 
 
