@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_latents
 from ml_collections import ConfigDict
 
 from configs import multi
 from p2ldm import sharding
-from p2ldm.data import latents
 from p2ldm.data.labels import CELEBAMASK_HQ
 from p2ldm.diffusion.schedule import make_schedule
 from p2ldm.errors import UserError
@@ -26,22 +26,25 @@ def encode(image):
   return image.reshape(len(image), 8, 4, 8, 4, 3).mean((2, 4))
 
 
-def make_batches(seed):
+def make_faces(seed):
   """Blocks of 4 x 4 pixels of one class and its colour: the mask says what the noise hides."""
   rng = np.random.default_rng(seed)
   palette = np.random.default_rng(7).uniform(-1, 1, (19, 3))
+  batches = []
   for _ in range(NUM_FACES // 8):
     mask = rng.integers(0, 19, (8, 8, 8)).repeat(4, 1).repeat(4, 2).astype(np.uint8)
     image = palette[mask] + 0.1 * rng.normal(size=(8, 32, 32, 3))
     attributes = rng.integers(-1, 2, (8, 40)).astype(np.int8)
-    yield {'image': image.astype(np.float32), 'mask': mask, 'attributes': attributes}
+    batches.append({'image': image.astype(np.float32), 'mask': mask, 'attributes': attributes})
+  faces = {key: np.concatenate([batch[key] for batch in batches]) for key in batches[0]}
+  return {**faces, 'name': np.array([str(i) for i in range(NUM_FACES)], object)}
 
 
 @pytest.fixture(scope='module')
 def cache(tmp_path_factory):
   directory = tmp_path_factory.mktemp('cache') / 'latents'
-  splits = {'train': (NUM_FACES, make_batches(0)), 'validation': (NUM_FACES, make_batches(1))}
-  return latents.build(directory, splits, encode, CELEBAMASK_HQ, {})
+  splits = {'train': make_faces(0), 'validation': make_faces(1)}
+  return tiny_latents.build(directory, splits, encode, CELEBAMASK_HQ)
 
 
 def make_config(num_steps) -> ConfigDict:
