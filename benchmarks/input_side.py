@@ -13,7 +13,7 @@ step of the denoiser of configs/multi.py at global batch 48 is 4.06e13 FLOPs (th
 docs/results: 5.08e12 for 6 images), 8.5e11 an image; dense bfloat16 peaks are 989e12 (H100 SXM) and 197e12
 (TPU v5e chip); of them a well-tuned U-Net reaches 40 % at best, so the rate is an upper bound. tf.data feeds
 the autoencoder and the evaluators: the former's convolutions alone are about 2.3e12 FLOPs an image and step
-(counted by hand, LPIPS and discriminator left out), so that held to the denoiser's rate it is held to too much.
+(counted by hand, without LPIPS and discriminator), so the denoiser's rate is more than it has to reach.
 """
 
 import os

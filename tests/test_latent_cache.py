@@ -187,6 +187,14 @@ def test_only_a_damaged_chunk_is_made_again(tmp_path, finished, name, how):
   assert content(tmp_path) == finished
 
 
+def test_a_repair_that_breaks_off_leaves_an_unfinished_cache(tmp_path, finished):
+  write(tmp_path, finished)
+  (tmp_path / 'train' / '00001' / 'masks.npy').unlink()
+  with pytest.raises(OSError, match='device lost'):
+    make(tmp_path, Breaks(0))
+  assert LatentCache.open(tmp_path) is None
+
+
 def test_a_damaged_meta_json_costs_no_encoding(tmp_path, finished):
   write(tmp_path, finished | {'meta.json': finished['meta.json'][:-9]})
   with pytest.raises(DamagedCache, match=r'meta\.json'):
