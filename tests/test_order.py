@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from p2ldm.data.order import batch_examples, process_slice
+from p2ldm.data.order import batch_examples
 from p2ldm.errors import UserError
 
 
@@ -49,12 +49,32 @@ def test_half_of_the_examples_are_mirrored_and_none_without_flip():
 def test_bad_sizes_are_refused():
   with pytest.raises(UserError, match='split'):
     batch_examples(0, 0, 4, 0, True)
-  with pytest.raises(UserError, match='2 processes'):
-    process_slice(3, process_index=0, process_count=2)
 
 
-def test_process_slices_tile_the_batch():
-  rows = np.arange(12)
-  slices = [rows[process_slice(12, i, 3)] for i in range(3)]
-  assert np.concatenate(slices).tolist() == rows.tolist()
-  assert process_slice(12) == slice(0, 12)
+def test_unreadable_examples_give_their_place_to_the_next_of_the_epoch_and_nothing_else_moves():
+  unreadable = np.array([3, 7, 8])
+  plain, flips = stream(5, 4, 5, 10)  # two epochs
+  got = [batch_examples(5, s, 5, 10, True, unreadable) for s in range(4)]
+  indices = np.concatenate([g[0] for g in got])
+  np.testing.assert_array_equal(np.concatenate([g[1] for g in got]), flips)
+  for epoch in plain.reshape(2, 10), indices.reshape(2, 10):
+    assert epoch.shape == (2, 10)
+  for before, after in zip(plain.reshape(2, 10), indices.reshape(2, 10), strict=True):
+    for position in range(10):
+      following = [i for i in np.roll(before, -position) if i not in unreadable]
+      assert after[position] == following[0]
+
+
+def test_who_knows_more_of_what_is_unreadable_replaces_alike():
+  """Unless the replacement itself turns out to be unreadable."""
+  some = batch_examples(5, 0, 10, 10, True, np.array([3]))[0]
+  plain = batch_examples(5, 0, 10, 10, True)[0]
+  following = np.roll(plain, -1)[plain.tolist().index(3)]
+  more = np.array([i for i in range(10) if i not in (following, plain[0])][:4] + [3])
+  row = plain.tolist().index(3)
+  assert batch_examples(5, 0, 10, 10, True, more)[0][row] == some[row] == following
+
+
+def test_no_readable_example_is_refused():
+  with pytest.raises(UserError, match='None of the 3 examples'):
+    batch_examples(0, 0, 4, 3, True, np.arange(3))

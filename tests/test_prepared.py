@@ -57,5 +57,5 @@ def test_labelled_faces_are_told_from_others(dataset, monkeypatch):
   known = labelled(dataset, 'train')
   assert known['mask'].all() and known['attributes'].all()
   monkeypatch.setattr('p2ldm.data.prepared.UNSPECIFIED', 0)
-  monkeypatch.setattr('p2ldm.data.prepared._pixels', lambda png: np.zeros((2, 2), np.uint8))
+  monkeypatch.setattr('p2ldm.data.prepared.pixels', lambda png: np.zeros((2, 2), np.uint8))
   assert not labelled(dataset, 'train')['mask'].any()

@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import pytest
 import tiny_evaluation
+import tiny_latents
 import tiny_model
 from tiny_model import SCHEMA
 
 from configs import base
-from p2ldm.data import latents
 from p2ldm.pipeline import Pipeline
 from p2ldm.training import loop
 from p2ldm.training.probe import Probe
@@ -31,14 +31,15 @@ def labels():
 def cache(tmp_path_factory):
   attributes, masks = labels()
   images = np.zeros((NUM, SIZE, SIZE, 3), np.float32)
-  batch = {'image': images, 'attributes': attributes, 'mask': masks}
+  names = np.array([str(i) for i in range(NUM)], object)
+  faces = {'image': images, 'attributes': attributes, 'mask': masks, 'name': names}
   rng = np.random.default_rng(0)
 
   def encode(image):
     return rng.normal(size=(len(image), 8, 8, 3))
 
-  splits = {name: (NUM, [batch]) for name in ('train', 'validation')}
-  return latents.build(tmp_path_factory.mktemp('latents') / 'cache', splits, encode, SCHEMA, {})
+  splits = {name: faces for name in ('train', 'validation')}
+  return tiny_latents.build(tmp_path_factory.mktemp('latents') / 'cache', splits, encode, SCHEMA)
 
 
 class Obedient:

@@ -63,7 +63,7 @@ def note_if_corrupt(dataset, split: str, records, index: int, corrupt: CorruptRe
   """
   name = None
   try:
-    example = dataset.deserialize(records.__getitems__([int(index)])[0])
+    example = dataset.deserialize(records[int(index)])
     name = example['name'].decode()
     size = dataset.image_size
     for key, shape in (('image', (size, size, 3)), ('mask', (size, size))):

@@ -2,13 +2,14 @@
 
 The batch of a training step depends on (seed, step) alone, see `order`; records are read by index, so
 that a resumed run goes on at once. A corrupt record, where the run allows any, gives its place to the next
-readable one of the epoch: the pipeline breaks off there, and begins again at that step without it.
+readable one of the epoch; each record is tried once for that before TensorFlow gets it, and never again.
 TensorFlow is kept off the GPUs, which are JAX's.
 """
 
 import atexit
+import collections
+import concurrent.futures
 import os
-import pathlib
 import weakref
 from collections.abc import Iterator
 
@@ -22,9 +23,11 @@ from p2ldm.data.corrupt import CorruptRecords, damaged
 from p2ldm.data.decoding import note_if_corrupt
 from p2ldm.data.order import batch_examples
 from p2ldm.data.prepared import Batch, PreparedDataset
+from p2ldm.errors import UserError
 
 tf.config.set_visible_devices([], 'GPU')
 
+_THREADS = max(1, (os.cpu_count() or 2) // 2)
 _ITERATORS = weakref.WeakSet()
 
 
@@ -64,41 +67,82 @@ def train_batches(
   rows = np.arange(batch_size) if rows is None else rows
   records = dataset.records(split, check=corrupt is None)
   batch_examples(seed, first_step, batch_size, len(examples), flip)
+  chooser = _Chooser(dataset, split, records, corrupt)
 
   def choose(step):
-    bad = None if corrupt is None else np.flatnonzero(np.isin(examples, corrupt.indices(split)))
-    indices, flips = batch_examples(seed, int(step), batch_size, len(examples), flip, bad)
-    return examples[indices[rows]], flips[rows]
+    def draw(bad):
+      indices, flips = batch_examples(seed, int(step), batch_size, len(examples), flip, bad)
+      return examples[indices[rows]], flips[rows]
 
-  def begin(step):
-    steps = tf.data.Dataset.range(step, np.iinfo(np.int64).max)
-    chosen = steps.map(lambda s: tf.numpy_function(choose, [s], (tf.int64, tf.bool)))
-    return _batches(dataset, records, chosen, len(rows), ('image', 'attributes', 'mask'))
+    return chooser.choose(draw, examples)
 
-  def find_corrupt(step):
-    if corrupt is None:
-      return False
-    found = [note_if_corrupt(dataset, split, records, i, corrupt) for i in choose(step)[0]]
-    return any(found)
-
-  iterator = _guarded(dataset.directory, begin, find_corrupt, first_step)
+  steps = tf.data.Dataset.range(first_step, np.iinfo(np.int64).max)
+  chosen = steps.map(lambda s: tf.numpy_function(choose, [s], (tf.int64, tf.bool, tf.string)))
+  batches = _batches(dataset, chosen, len(rows), ('image', 'attributes', 'mask'))
+  iterator = _guarded(chooser, batches)
   _ITERATORS.add(iterator)
   return iterator
 
 
+class _Chooser:
+  """Reads the records of a batch, readable ones where the run allows others."""
+
+  def __init__(self, dataset, split, records, corrupt: CorruptRecords | None):
+    self.dataset, self._split, self._records, self._corrupt = dataset, split, records, corrupt
+    self._tolerant = corrupt is not None and corrupt.max_share > 0
+    self._tried = set()
+    self._recent = collections.deque(
+      maxlen=8
+    )  # indices of batches, more than are ahead of the consumer
+    self.error = None  # the first one
+
+  def choose(self, draw, examples):
+    """(indices (b,) int64, flips (b,) bool, records (b,) bytes) of what `draw` gives, on a thread of tf.data.
+
+    Exceptions must not pass through TensorFlow, which may hang and prints their traceback: they are kept,
+    and records without content make it break off at this batch.
+    """
+    indices, flips = draw(None)
+    try:
+      while self._tolerant:
+        bad = np.isin(examples, self._corrupt.indices(self._split))
+        indices, flips = draw(np.flatnonzero(bad))
+        new = list(set(indices.tolist()) - self._tried)
+        with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+          found = list(pool.map(self.is_corrupt, new))
+        self._tried |= {i for i, bad in zip(new, found, strict=True) if not bad}
+        if not any(found):
+          break
+      self._recent.append(indices)
+      return indices, flips, np.array(self._records.__getitems__(indices.tolist()), object)
+    except Exception as error:
+      if self.error is None:
+        self.error = error
+      return indices, flips, np.array([b''] * len(indices), object)
+
+  def is_corrupt(self, index: int) -> bool:
+    """Whether it is; it is noted then."""
+    return note_if_corrupt(self.dataset, self._split, self._records, index, self._corrupt)
+
+  def explain(self, error: Exception) -> UserError:
+    """Why batches broke off with an error of TensorFlow's."""
+    if isinstance(self.error, UserError):
+      return self.error
+    try:
+      for indices in [] if self._corrupt is None else list(self._recent):
+        for index in indices:
+          self.is_corrupt(index)
+    except UserError as found:
+      return found
+    return damaged(self.dataset.directory, self.error or error)
+
+
 def _batches(
-  dataset: PreparedDataset,
-  records,
-  chosen: tf.data.Dataset,
-  batch_size: int,
-  keys: tuple[str, ...],
+  dataset: PreparedDataset, chosen: tf.data.Dataset, batch_size: int, keys: tuple[str, ...]
 ) -> tf.data.Dataset:
-  """Reads, decodes and batches the (indices, flips) of `chosen`."""
+  """Decodes and batches the (indices, flips, records) of `chosen`."""
   features = dataset.builder.info.features
   flip_table = tf.constant(dataset.schema.flip_table())
-
-  def read(indices):
-    return np.array(records.__getitems__(indices.tolist()), object)
 
   def decode(record, flip):
     example = features.deserialize_example(record)
@@ -108,19 +152,17 @@ def _batches(
     example['mask'] = tf.where(flip, tf.gather(flip_table, tf.cast(mask, tf.int32))[:, ::-1], mask)
     return {key: example[key] for key in keys}
 
-  def read_all(indices, flips):
-    serialized = tf.numpy_function(read, [indices], tf.string)
+  def rows(indices, flips, serialized):
     serialized.set_shape([None])
     flips.set_shape([None])
     return serialized, flips
 
   # Deterministic order is tf.data's default; its threads share the cores with the training step.
-  threads = max(1, (os.cpu_count() or 2) // 2)
   options = tf.data.Options()
-  options.threading.private_threadpool_size = threads
+  options.threading.private_threadpool_size = _THREADS
   options.threading.max_intra_op_parallelism = 1
   options.deterministic = True
-  faces = chosen.map(read_all).unbatch().map(decode, num_parallel_calls=threads)
+  faces = chosen.map(rows).unbatch().map(decode, num_parallel_calls=_THREADS)
   return faces.batch(batch_size).prefetch(2).with_options(options)
 
 
@@ -133,21 +175,9 @@ def _close_iterators():
 atexit.register(_close_iterators)
 
 
-def _guarded(directory: pathlib.Path, begin, find_corrupt, step: int) -> Iterator[Batch]:
-  """The batches of `begin(step)`; where they break off, those of a pipeline begun anew at that step.
-
-  Args:
-    directory: of the data set.
-    begin: step -> its batch, the next one's, ...
-    find_corrupt: step -> whether a corrupt record in its batch has been noted, and will be replaced.
-    step: the first.
-  """
+def _guarded(chooser: _Chooser, batches: tf.data.Dataset) -> Iterator[Batch]:
   damage = tf.errors.OpError  # a local name outlives the module when the interpreter shuts down
-  while True:
-    try:
-      for batch in begin(step).as_numpy_iterator():
-        yield batch
-        step += 1
-    except damage as error:
-      if not find_corrupt(step):
-        raise damaged(directory, error) from error
+  try:
+    yield from batches.as_numpy_iterator()
+  except damage as error:
+    raise chooser.explain(error) from (chooser.error or error)

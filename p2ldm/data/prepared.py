@@ -203,7 +203,7 @@ def labelled(
     known = np.zeros((len(indices), 2), bool)
     for row, index in enumerate(indices.tolist()):
       try:
-        e = dataset.deserialize(records.__getitems__([index])[0])
+        e = dataset.deserialize(records[index])
         known[row] = e['attributes'].any(), (pixels(e['mask']) != UNSPECIFIED).any()
       except Exception as error:
         if corrupt is None:

@@ -91,9 +91,6 @@ def validate(config, mesh):
       step.check(config.evaluators[kind].training, mesh, f'evaluators.{kind}')
   step.check(config.autoencoder.training, mesh, 'autoencoder')
   step.check(config.diffusion.training, mesh, 'diffusion')
-  sharding.check_batch_size(
-    config.latents.batch_size, sharding.local_mesh(mesh), 'latents.batch_size'
-  )
   schedule = noise_schedule(config)
   loss_weights(schedule, config.diffusion)
   if config.sampling.sampler not in SAMPLERS:
