@@ -128,6 +128,19 @@ def test_forty_names_do_not_overlap_and_stay_in_the_picture():
   )
 
 
+@pytest.mark.parametrize('count', [1, 3, 4, 11])
+def test_a_legend_of_long_names_stays_in_the_picture(count):
+  names_of = [f'strategy number {i} of the ablation' for i in range(count)]
+  series = {name: {0.0: (0.5, None), 1.0: (0.6, None)} for name in names_of}
+  figure = plots.curves(series, 'Title', 'step', 'figure')
+  (legend,) = figure.legends
+  assert len(labels(figure)) == count
+  box = legend.get_window_extent(drawn(figure))
+  assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0
+  (axes,) = figure.axes
+  assert axes.get_window_extent().height > 0.3 * figure.bbox.height
+
+
 def test_curves():
   series = {
     'a': {0.5: (0.2, 0.1), 0.0: (0.8, 0.01), 0.1: (None, None)},

@@ -243,8 +243,12 @@ def _finish(figure: Figure, axes: Axes, title: str, xlabel: str):
   axes.set_xlabel(_text(xlabel), color=_INK)
   figure.suptitle(_text(title), x=0.02, ha='left', fontsize=12, fontweight='bold', color=_INK)
   entries = len(axes.get_legend_handles_labels()[0])
-  columns = entries if entries <= 3 else -(-entries // 2)
-  figure.legend(loc='outside lower center', ncols=columns, fontsize=9, frameon=False)
+  for columns in range(entries if entries <= 3 else -(-entries // 2), 0, -1):
+    legend = figure.legend(loc='outside lower center', ncols=columns, fontsize=9, frameon=False)
+    figure.draw_without_rendering()
+    if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+      return
+    legend.remove()  # names too long to stand side by side
 
 
 def _ticks_fit(levels: Sequence[float]) -> bool:
