@@ -4,7 +4,8 @@
   python -m p2ldm.ablate --config=configs/ablation.py:faces64 --config.run.data.dir=DIR
 
 One parser, one classifier, one autoencoder and one latent cache serve all cells; each cell is a
-training of its own, with the same budget and the same seeds. Started again, it goes on where it was.
+training of its own, with the same budget and the same seeds. Started again, also after SIGTERM (exit status
+75), it goes on where it was.
 The workdir receives results.md (a table, mean and spread over the seeds), results.json and two plots;
 they are written after every cell, so that a part of the table can be read while the rest is trained.
 """
@@ -14,7 +15,7 @@ import re
 from absl import flags
 from ml_collections import config_flags
 
-from p2ldm import errors, storage
+from p2ldm import errors, interruptions, storage
 from p2ldm.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -59,6 +60,7 @@ def main():
     return
   if not chosen:
     raise UserError(f'--cells={_CELLS.value} matches no cell; --list names them.')
+  interruptions.catch()
   use_compilation_cache()
   path = config_flags.get_config_filename(flags.FLAGS['config'])
   workdir = storage.as_path(_WORKDIR.value or default_workdir(path))
