@@ -2,10 +2,10 @@
 
   python -m benchmarks.topologies --out=topologies
 
-Trains configs/multi.py:tiny, shortened, on virtual CPU devices: one process with one device; one with eight and
-fsdp = 8; two with four each and fsdp = 8. Then the two processes once more, killed with SIGKILL twice (both,
-then one, upon which the other is ended, too) and started again. Prints how far the losses of every step
-differ, whether the killed run ended bit for bit like the other one, and draws the curves into one plot.
+Trains configs/multi.py:tiny, shortened, on virtual CPU devices: one process with one device; one with eight
+and fsdp = 8; two with four each and fsdp = 8. Then the two processes once more, killed with SIGKILL twice
+(both, then one, upon which the other is ended, too) and started again. Prints how far the losses of every
+step differ, whether the killed run ended bit for bit like the other one, and draws the curves into one plot.
 """
 
 import json

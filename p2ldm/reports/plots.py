@@ -107,7 +107,7 @@ def curves(
       levels,
       values,
       _LINES[i % len(_LINES)],
-      marker=_MARKERS[i % len(_MARKERS)],
+      marker=_MARKERS[i % len(_MARKERS)] if len(levels) <= 20 else None,
       color=color,
       linewidth=1.8,
       markersize=6,
