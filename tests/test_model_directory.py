@@ -74,6 +74,16 @@ def test_tensors_are_named_by_their_path(saved, parts):
   np.testing.assert_array_equal(tensors['encoder.conv_in.kernel'], kernel)
 
 
+def test_equal_parameters_make_equal_files(tmp_path):
+  files = set()
+  for i in range(10):
+    weights.write_weights(
+      tmp_path / f'{i}.safetensors', {'w': np.ones(3)}, {'b': 1, 'a': 2}, {'w': (3,)}
+    )
+    files.add((tmp_path / f'{i}.safetensors').read_bytes())
+  assert len(files) == 1
+
+
 def test_a_workdir_is_accepted(saved, tmp_path):
   shutil.copytree(saved, tmp_path / 'model')
   (tmp_path / 'config.json').write_text('{"compute_dtype": "auto"}')

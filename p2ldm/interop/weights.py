@@ -1,7 +1,8 @@
 """One network's parameters as one safetensors file, checked against the module that they belong to.
 
 Tensors are float32 and named by their path in the tree of parameters, joined by '.'. The file's
-metadata holds the module's fields as JSON, for readers from elsewhere. No pickle is read or written.
+metadata holds the module's fields as JSON, for readers from elsewhere. Equal parameters make equal
+files, bit for bit. No pickle is read or written.
 """
 
 import functools
@@ -71,7 +72,8 @@ def write_weights(path: pathlib.Path, params: Mapping, fields: Mapping, expected
   check_tensors(
     {name: value.shape for name, value in tensors.items()}, expected, f'{path} to write'
   )
-  metadata = {'format': 'p2ldm', 'fields': json.dumps(fields)}
+  # One key alone: the library writes several in random order, and equal weights shall be equal files.
+  metadata = {'fields': json.dumps(fields, sort_keys=True)}
   safetensors.numpy.save_file(tensors, path, metadata=metadata)
   path.chmod(0o644)  # it was made for its owner alone
   return sha256(path)
