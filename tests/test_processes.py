@@ -19,10 +19,12 @@ TESTS = pathlib.Path(__file__).parent
 STEPS = 8
 
 
-def start(workdir, process_id, count, devices, port, pause=0.0, steps=STEPS):
+def start(workdir, process_id, count, devices, port, pause=0.0, steps=STEPS, limit_kib=None):
   flags = f'--xla_force_host_platform_device_count={devices}'
   path = os.pathsep.join([str(TESTS.parent), os.environ.get('PYTHONPATH', '')])
   command = [sys.executable, TESTS / 'toy_task.py', workdir, steps, process_id, count, port, pause]
+  if limit_kib:  # no file may grow beyond it, as if the disk were full
+    command = ['bash', '-c', f'ulimit -f {limit_kib}; exec "$@"', 'limited', *command]
   return subprocess.Popen(
     list(map(str, command)),
     env={**os.environ, 'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': path},
@@ -109,3 +111,16 @@ def test_sigterm_to_one_of_them_saves_one_checkpoint_and_ends_both(uninterrupted
   assert losses(tmp_path) == losses(uninterrupted)
   for name, value in parameters(uninterrupted).items():
     np.testing.assert_array_equal(value, parameters(tmp_path)[name])
+
+
+def test_a_full_disk_stops_with_a_message_and_the_last_checkpoint_stays_whole(
+  uninterrupted, tmp_path
+):
+  assert end([start(tmp_path, 0, 1, 8, 0, steps=2)]) == [0]
+  full = start(tmp_path, 0, 1, 8, 0, limit_kib=16)
+  said = ' '.join(full.communicate(timeout=120)[0].split())
+  assert full.returncode == 2, said
+  assert 'error: The disk is full' in said
+  assert 'the newest whole one is of step 2, and it is intact' in said
+  assert end([start(tmp_path, 0, 1, 8, 0)]) == [0]
+  np.testing.assert_allclose(losses(tmp_path), losses(uninterrupted), rtol=1e-5)
