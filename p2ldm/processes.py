@@ -5,14 +5,20 @@ its rows of the global batch. A workdir is shared by all; process 0 alone writes
 pictures and models, and prints.
 """
 
+import itertools
 import os
 import sys
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from p2ldm.errors import UserError
+
+
+_LONGEST_WAIT_MS = 7 * 24 * 3600 * 1000
+_barriers = itertools.count()  # each has a name of its own
 
 
 def initialize(
@@ -64,15 +70,21 @@ def several() -> bool:
 
 
 def barrier(name: str):
-  """Waits until all processes are here."""
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)
+  """Waits until all processes are here, as long as it takes, unless one of them dies.
+
+  This asks JAX's coordination service and no device: collectives give up after a while, and process 0 may
+  have pictures to draw or faces to render.
+  """
+  if several():
+    wait = ocp.multihost.get_barrier_sync_fn()
+    wait(key=f'p2ldm {next(_barriers)}: {name}', timeout_ms=_LONGEST_WAIT_MS)
 
 
 def from_main(value: bool) -> bool:
   """What process 0 says, in all of them: what each reads from a shared disk may differ for a moment."""
-  if jax.process_count() == 1:
+  if not several():
     return value
+  barrier('process 0 decides')
   return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
 
 

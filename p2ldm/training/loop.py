@@ -168,6 +168,7 @@ class Run:
     if is_main:
       self._writer.flush()
       (self._directory / 'owed.json').unlink(missing_ok=True)
+    processes.barrier(f'{self._task.name} {step}')
     self._log.restart_clock()
 
   def _write(self, step: int, kind: str, values: dict):
