@@ -9,9 +9,11 @@ import optax
 import pytest
 
 from configs import multi
+from p2ldm import sharding
 from p2ldm.models.autoencoder import Autoencoder
 from p2ldm.training import autoencoder_task
 from p2ldm.training.state import TrainState
+from p2ldm.training.step import make_step
 
 EMA_DECAY = 0.995
 BETA_1 = 0.5
@@ -59,11 +61,12 @@ def run():
   perceptual = jax.tree_util.Partial(blurred_distance, jnp.full((4, 4, 3, 1), 1 / 16))
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(autoencoder_task, 'load_lpips', lambda: perceptual)
-    task = autoencoder_task.make_task(config, model, dataset=None, mesh=None)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    task = autoencoder_task.make_task(config, model, dataset=None, mesh=mesh)
   image = jax.random.uniform(jax.random.key(0), (2, 32, 32, 3), minval=-1.0)
   params = jax.jit(task.init)(jax.random.key(1))
   states, metrics = [TrainState.create(params, task.optimizer, task.averaged)], []
-  step = jax.jit(task.step)
+  step = jax.jit(make_step(task, mesh))
   for _ in range(2):
     state, values = step(states[-1], {'image': image}, jax.random.key(2), task.frozen)
     states.append(state)
