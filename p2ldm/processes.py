@@ -16,7 +16,6 @@ from jax.experimental import multihost_utils
 
 from p2ldm.errors import UserError
 
-
 _LONGEST_WAIT_MS = 7 * 24 * 3600 * 1000
 _barriers = itertools.count()  # each has a name of its own
 
