@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from configs import evaluators
+from p2ldm import sharding
 from p2ldm.data.labels import CELEBAMASK_HQ, UNSPECIFIED
 from p2ldm.data.prepared import open_dataset, ordered_batches
 from p2ldm.errors import UserError
@@ -17,6 +18,10 @@ from p2ldm.training.evaluator_pictures import draw_attributes
 from p2ldm.training.evaluator_tasks import classifier_loss, parser_loss
 
 NUM_STEPS = 40
+
+
+def one_device():
+  return sharding.make_mesh(devices=jax.devices()[:1])
 
 
 def random_logits(*shape):
@@ -154,12 +159,12 @@ def test_pretrained_evaluators_take_the_place_of_trained_ones(run, prepared_face
   stages.run(config, tmp_path / 'other')
   assert not (tmp_path / 'other' / 'parser').exists()
   evaluator = evaluator_stages.run_evaluator(
-    'parser', config, tmp_path / 'other', None, lambda: open_dataset(prepared_faces)
+    'parser', config, tmp_path / 'other', one_device(), lambda: open_dataset(prepared_faces)
   )
   assert evaluator.sha256 == load_parser(run).sha256
   config.data.image_size = 64
   with pytest.raises(UserError, match='32 x 32 pixels.*64'):
-    evaluator_stages.run_evaluator('parser', config, tmp_path / 'other', None, None)
+    evaluator_stages.run_evaluator('parser', config, tmp_path / 'other', one_device(), None)
   config.evaluators.pretrained = str(tmp_path)
   with pytest.raises(UserError, match='holds no parser'):
     stages.run(config, tmp_path / 'third')
@@ -170,13 +175,13 @@ def test_an_evaluator_that_was_not_asked_for_is_not_trained(prepared_faces, tmp_
   config = make_config(prepared_faces)
   config.stages = ('parser',)
   with pytest.raises(UserError, match="Add 'classifier' to config.stages"):
-    evaluator_stages.run_evaluator('classifier', config, tmp_path, None, None)
+    evaluator_stages.run_evaluator('classifier', config, tmp_path, one_device(), None)
 
 
 @pytest.mark.parametrize(('kind', 'what'), [('parser', 'a mask'), ('classifier', 'attributes')])
 def test_a_data_set_without_labels_is_refused(prepared_faces, tmp_path, monkeypatch, kind, what):
   none = {'attributes': np.zeros(11, bool), 'mask': np.zeros(11, bool)}
-  monkeypatch.setattr(evaluator_stages, 'labelled', lambda dataset, split: none)
+  monkeypatch.setattr(evaluator_stages, 'labelled', lambda dataset, split, corrupt: none)
   config = make_config(prepared_faces)
   config.stages = (kind,)
   with pytest.raises(UserError, match=f"The {kind} needs faces with {what}.*'train'"):

@@ -50,16 +50,18 @@ def test_an_error_comes_where_its_result_would_have_come():
 
 
 def test_what_has_not_begun_is_dropped_when_it_is_closed():
-  begun, go_on = [], threading.Event()
+  begun, second, go_on = [], threading.Event(), threading.Event()
 
   def read(item):
     begun.append(item)
     if item:
+      second.set()
       assert go_on.wait(30)
     return item
 
   results = read_ahead(read, itertools.count(), workers=1)
   assert next(results) == 0
+  assert second.wait(30)
   threading.Timer(0.2, go_on.set).start()
   results.close()
   assert begun == [0, 1]
