@@ -31,8 +31,6 @@ _WORKDIR = flags.DEFINE_string(
   'Where checkpoints, metrics, pictures and the model go. Default: runs/ and the name of the config, '
   'as in runs/multi_tiny.',
 )
-
-
 _PLAN = flags.DEFINE_integer(
   'plan',
   0,

@@ -7,6 +7,7 @@ hand, with a checkpoint; a loss that is not finite ends it with the last good st
 
 import collections
 import dataclasses
+import functools
 import time
 
 import jax
@@ -19,7 +20,7 @@ from p2ldm.errors import UserError
 from p2ldm.training.checkpoint import Checkpoints, disk_is_full
 from p2ldm.training.metrics import MetricWriter
 from p2ldm.training.state import TrainState
-from p2ldm.training.step import make_step
+from p2ldm.training.step import check, create_state, jit_step
 from p2ldm.training.task import Task
 
 MAX_SKIPPED = 100  # in a row; then on_non_finite = 'skip' stops too
@@ -40,16 +41,14 @@ def train(task: Task, workdir, mesh: jax.sharding.Mesh, seed: int, export=None) 
 
   Raises:
     UserError: the checkpoint at hand is of another architecture, or the disk is full.
-    FloatingPointError: the loss or the gradient became non-finite; the state before that step is saved.
+    FloatingPointError: the loss or the gradient became non-finite; where on_non_finite is 'stop', the state
+      before that step is saved.
     interruptions.Interrupted: SIGTERM came; the state is saved.
   """
   directory = storage.as_path(workdir) / task.name
-  step_fn = make_step(task, mesh)
+  check(task.training, mesh, task.name)
   init_key, step_key = jax.random.split(jax.random.key(seed))
-
-  def create(key):
-    return TrainState.create(task.init(key), task.optimizer, task.averaged)
-
+  create = functools.partial(create_state, task)
   shapes = jax.eval_shape(create, init_key)
   shardings = sharding.state_shardings(shapes, mesh)
   checkpoints = Checkpoints(directory / 'checkpoints', task.training.keep_checkpoints)
@@ -60,13 +59,7 @@ def train(task: Task, workdir, mesh: jax.sharding.Mesh, seed: int, export=None) 
     if int(state.step) >= task.training.num_steps and not owes(directory, int(state.step)):
       return state
     log_parameters(task, state)
-    replicated = sharding.replicated(mesh)
-    step_fn = jax.jit(
-      step_fn,
-      in_shardings=(shardings, sharding.over_batch(mesh), replicated, replicated),
-      out_shardings=(shardings, replicated),
-      donate_argnums=0,
-    )
+    step_fn = jit_step(task, mesh, shardings)
     step_key, frozen = sharding.replicate((step_key, task.frozen), mesh)
     task = dataclasses.replace(task, frozen=frozen)
     return Run(task, step_fn, step_key, directory, mesh, checkpoints, export).run(state)
@@ -113,7 +106,7 @@ class Run:
         self._log.add(step - 1, pending)
         pending = metrics
         self._bar.update()
-        stop = interruptions.requested() | processes.reached_preemption(step)
+        stop = interruptions.requested() or processes.reached_preemption(step)
         looks, saves = self._looks_due(step), self._due(step, training.checkpoint_every)
         if stop or looks or saves:
           self._log.add(step, pending)  # nothing non-finite is saved or drawn
@@ -278,11 +271,16 @@ class StepLog:
         f'{task.name} step {step}: {name} is {value}, so it makes no update; see {path}'
       )
       return
-    rows = f', the last of {self._in_a_row} in a row' if self._in_a_row > 1 else ''
+    what = f'{task.name}: {name} became {value} at step {step}'
+    if task.training.on_non_finite == 'skip':
+      raise FloatingPointError(
+        f'{what}, the last of {self._in_a_row} in a row that were skipped. The newest checkpoint is from '
+        f'before; the faces of the batch are listed in {path}. Look at them, or lower the learning rate.'
+      )
     raise FloatingPointError(
-      f'{task.name}: {name} became {value} at step {step}{rows}. The state before that is saved as the '
-      f'newest checkpoint, and the faces of its batch are listed in {path}. Look at them, lower the learning '
-      f'rate, or have such updates skipped with on_non_finite = "skip" in the training section of the config.'
+      f'{what}. The state before that is saved as the newest checkpoint, and the faces of its batch are '
+      f'listed in {path}. Look at them, lower the learning rate, or have such updates skipped with '
+      'on_non_finite = "skip" in the training section of the config.'
     )
 
 

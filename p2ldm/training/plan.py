@@ -68,24 +68,16 @@ def make_plan(config, devices: int) -> Plan:
   import jax
 
   from p2ldm import sharding
-  from p2ldm.training.state import TrainState
-  from p2ldm.training.step import make_step
+  from p2ldm.training.step import create_state, jit_step
 
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, jax.devices()[:devices])
   dtype = 'bfloat16' if config.compute_dtype == 'auto' else config.compute_dtype
   task, networks, batch = describe(config, mesh, dtype)
-  state = jax.eval_shape(
-    lambda key: TrainState.create(task.init(key), task.optimizer, task.averaged), jax.random.key(0)
-  )
-  shardings, replicated = sharding.state_shardings(state, mesh), sharding.replicated(mesh)
+  state = jax.eval_shape(functools.partial(create_state, task), jax.random.key(0))
+  shardings = sharding.state_shardings(state, mesh)
   start = time.perf_counter()
-  jitted = jax.jit(
-    make_step(task, mesh),
-    in_shardings=(shardings, sharding.over_batch(mesh), replicated, replicated),
-    out_shardings=(shardings, replicated),
-    donate_argnums=0,
-  )
-  lowered = jitted.lower(state, batch, jax.eval_shape(jax.random.key, 0), None)
+  key = jax.eval_shape(jax.random.key, 0)
+  lowered = jit_step(task, mesh, shardings).lower(state, batch, key, None)
   flops = lowered.cost_analysis()['flops']
   memory = lowered.compile().memory_analysis()
   denoiser = state.params['denoiser']

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from p2ldm import sharding
 from p2ldm.errors import UserError
 from p2ldm.training.state import TrainState
 from p2ldm.training.task import Task
@@ -50,6 +51,31 @@ def make_step(task: Task, mesh: jax.sharding.Mesh):
   return step
 
 
+def create_state(task: Task, key: jax.Array) -> TrainState:
+  """The state of a task before its first step."""
+  return TrainState.create(task.init(key), task.optimizer, task.averaged)
+
+
+def jit_step(task: Task, mesh: jax.sharding.Mesh, shardings):
+  """`make_step`, laid out over the mesh; the old state's memory becomes the new one's.
+
+  Args:
+    task: what to train.
+    mesh: of the batch.
+    shardings: of the state, from `sharding.state_shardings`.
+
+  Raises:
+    UserError: as `make_step`.
+  """
+  replicated = sharding.replicated(mesh)
+  return jax.jit(
+    make_step(task, mesh),
+    in_shardings=(shardings, sharding.over_batch(mesh), replicated, replicated),
+    out_shardings=(shardings, replicated),
+    donate_argnums=0,
+  )
+
+
 def accumulate(gradients, steps: int, mesh, state, rows, key, frozen):
   """Means of gradients and metrics over `steps` micro-batches, one after the other.
 
@@ -57,11 +83,11 @@ def accumulate(gradients, steps: int, mesh, state, rows, key, frozen):
   """
   if steps == 1:
     return gradients(state, rows, key, frozen)
-  sharding = NamedSharding(mesh, PartitionSpec(None, ('data', 'fsdp')))
+  of_parts = NamedSharding(mesh, PartitionSpec(None, ('data', 'fsdp')))
 
   def split(x):
     x = x.reshape(len(x) // steps, steps, *x.shape[1:]).swapaxes(0, 1)
-    return jax.lax.with_sharding_constraint(x, sharding)
+    return jax.lax.with_sharding_constraint(x, of_parts)
 
   def add(total, part):
     index, part = part
