@@ -1,5 +1,6 @@
 """Checkpoints: bit for bit on any mesh, and every kind of damage is passed over or said."""
 
+import json
 import pathlib
 import shutil
 
@@ -109,6 +110,19 @@ def test_whatever_happens_to_the_newest_checkpoint_its_state_is_exact_or_the_one
     checkpoints.close()
     check(restore(directory, mesh_of(1)), 3)
   assert passed_over >= 3  # arrays, their index, the record
+
+
+def test_values_that_are_read_without_complaint_are_compared_with_what_was_written(
+  saved, tmp_path, capsys
+):
+  directory = tmp_path / 'checkpoints'
+  shutil.copytree(saved, directory)
+  (path,) = [p for p in (directory / '3' / 'record').iterdir() if 'checksums' in p.read_text()]
+  record = json.loads(path.read_text())
+  record['checksums'][1] ^= 1
+  path.write_text(json.dumps(record))
+  check(restore(directory, mesh_of(1)), 2)
+  assert '1 of its 3 arrays are not what was written' in capsys.readouterr().out
 
 
 def test_a_single_flipped_bit_of_a_value_is_found(saved):
