@@ -167,6 +167,9 @@ def test_what_a_killed_run_left_half_written_is_cleared_away(saved, tmp_path):
   half = directory / '4.orbax-checkpoint-tmp-12'
   shutil.copytree(saved / '3', half)
   assert int(restore(directory, mesh_of(1))['step']) == 3
+  checkpoints = Checkpoints(directory)
+  checkpoints.save(4, make_state(4, mesh_of(1)))  # waits for the clearing, which goes on beside
+  checkpoints.close()
   assert not half.exists()
 
 
