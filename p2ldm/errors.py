@@ -1,5 +1,8 @@
 """The one exception a command turns into a paragraph, and the wrapper that does so."""
 
+import os
+import select
+import signal
 import sys
 import textwrap
 
@@ -48,6 +51,7 @@ def run(main, flags_parser=None, positional: int = 0):
     logging.set_verbosity(logging.WARNING)  # TFDS and Orbax report every file they touch
     try:
       main(*argv[1:])
+      sys.stdout.flush()
     except UserError as error:
       fail(error)
     except FloatingPointError as error:  # training diverged; the message says what to do
@@ -55,11 +59,23 @@ def run(main, flags_parser=None, positional: int = 0):
     except interruptions.Interrupted as error:
       print(f'{error} Give the same command again to go on.', file=sys.stderr)
       sys.exit(interruptions.EXIT_STATUS)
+    except BrokenPipeError:
+      if not nobody_reads():
+        raise
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at its end
+      sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
       print('interrupted', file=sys.stderr)
       sys.exit(130)
 
   app.run(guarded, flags_parser=parse)
+
+
+def nobody_reads() -> bool:
+  """Whether stdout is a pipe whose reader has gone, as in `... --list | head -1`."""
+  poll = select.poll()
+  poll.register(sys.stdout.fileno(), 0)
+  return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _config_path(argv: list[str]) -> str:

@@ -287,6 +287,13 @@ def test_a_second_run_in_the_same_workdir_is_refused_while_the_first_lives(tmp_p
     workdir.open_workdir(path, make_config(5))
 
 
+def test_a_workdir_whose_config_cannot_be_read_is_left_alone(tmp_path):
+  (tmp_path / 'config.json').write_text('{"seed": 0,')
+  with pytest.raises(UserError, match=r'config\.json .* cannot be read as JSON'):
+    workdir.open_workdir(tmp_path, make_config(5))
+  assert (tmp_path / 'config.json').read_text() == '{"seed": 0,'
+
+
 def test_a_checkpoint_of_another_architecture_is_refused(cache, tmp_path):
   train(cache, tmp_path, 1)
   config = make_config(2)

@@ -53,6 +53,7 @@ def use_virtual_devices(count: int):
     '--xla_llvm_disable_expensive_passes=true'
   )
   os.environ['JAX_PLATFORMS'] = 'cpu'
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # XLA warns of how long it compiles
 
 
 def make_plan(config, devices: int) -> Plan:

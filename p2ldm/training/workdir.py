@@ -53,7 +53,7 @@ def open_workdir(path, config) -> storage.Path:
 
   Raises:
     UserError: the workdir belongs to another run (the message names the first key that differs), another
-      one is at work there, or it cannot be written to.
+      one is at work there, its config.json cannot be read, or it cannot be written to.
   """
   path = storage.as_path(path)
   if processes.is_main():
@@ -61,6 +61,11 @@ def open_workdir(path, config) -> storage.Path:
   record = path / 'config.json'
   now = json.loads(config.to_json())
   then = storage.read_json(record)
+  if then is None and record.exists():
+    raise UserError(
+      f'{record} says with what config the runs in {path} were begun, and cannot be read as JSON. Restore '
+      'it, or choose another --workdir.'
+    )
   if then is not None:
     for key, old, new in differences(then, now):
       if not is_free(key):
