@@ -6,12 +6,13 @@ their weights fit after renaming and transposing.
 """
 
 import functools
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from p2ldm.models.layers import Dtype, GroupNorm
+from p2ldm.models.layers import NORM_GROUPS, Dtype, GroupNorm
 
 KeysValues = tuple[jax.Array, jax.Array]  # (B, N, H, D) each
 
@@ -103,11 +104,12 @@ class SpatialTransformer(nn.Module):
   channels: int
   head_channels: int
   depth: int = 1
+  norm_groups: Sequence[int] = NORM_GROUPS
   dtype: Dtype = jnp.float32
 
   def setup(self):
     """Declares the layers."""
-    self.norm = GroupNorm(dtype=self.dtype)
+    self.norm = GroupNorm(dtype=self.dtype, groups=self.norm_groups)
     self.proj_in = nn.Dense(self.channels, dtype=self.dtype)
     self.blocks = [
       TransformerBlock(self.channels, self.head_channels, self.dtype) for _ in range(self.depth)
@@ -137,13 +139,16 @@ class AttentionBlock(nn.Module):
   """
 
   head_channels: int
+  norm_groups: Sequence[int] = NORM_GROUPS
   dtype: Dtype = jnp.float32
 
   @nn.compact
   def __call__(self, x):
     """(B, h, w, C) to (B, h, w, C)."""
     batch, height, width, channels = x.shape
-    h = GroupNorm(1e-5, self.dtype, name='norm')(x).reshape(batch, height * width, channels)
+    h = GroupNorm(1e-5, self.dtype, self.norm_groups, name='norm')(x).reshape(
+      batch, height * width, channels
+    )
     qkv = nn.Dense(3 * channels, dtype=self.dtype, name='qkv')(h)
     qkv = qkv.reshape(batch, height * width, -1, 3, self.head_channels)
     h = jax.nn.dot_product_attention(qkv[..., 0, :], qkv[..., 1, :], qkv[..., 2, :])

@@ -12,7 +12,9 @@ CompVis' (`encoder.down.0.block.1.conv1` is encoder/down_0_block_1/conv1), so th
 renaming and transposing. Parameters in Encoder and Decoder at the paper's size: 55,298,182.
 """
 
+import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -20,7 +22,14 @@ import jax
 import jax.numpy as jnp
 
 from p2ldm.errors import UserError
-from p2ldm.models.layers import Dtype, GroupNorm, Upsample, rematerialized, torch_init
+from p2ldm.models.layers import (
+  NORM_GROUPS,
+  Dtype,
+  GroupNorm,
+  Upsample,
+  rematerialized,
+  torch_init,
+)
 from p2ldm.models.quantizer import Quantizer
 
 REGULARIZERS = ('vq', 'kl')
@@ -42,6 +51,9 @@ class AutoencoderOutput:
 class Autoencoder(nn.Module):
   """Encoder, regularizer and decoder; the fields are the keys of config.autoencoder.model.
 
+  `attention_levels` have self-attention behind each residual block (CompVis' vq-f8 at its lowest level), and
+  without `middle_attention` the lowest level has none in the middle (vq-f4-noattn). `norm_groups` are those
+  of `GroupNorm`: (32, 1) is CompVis', which below 128 channels makes a difference.
   `remat` is that of the residual blocks in training, see `layers.rematerialized`.
   Images are (B, H, W, 3) in [-1, 1], H and W divisible by f = 2 ** (len(channel_multipliers) - 1);
   latents are (B, H/f, W/f, latent_channels) float32, raw, that is not whitened.
@@ -54,6 +66,9 @@ class Autoencoder(nn.Module):
   regularizer: str = 'vq'
   codebook_size: int = 8192
   codebook_init_range: float = 0.0
+  attention_levels: Sequence[int] = ()
+  middle_attention: bool = True
+  norm_groups: Sequence[int] = NORM_GROUPS
   remat: str = 'none'
   dtype: Dtype = jnp.float32
 
@@ -64,11 +79,18 @@ class Autoencoder(nn.Module):
         f'autoencoder.model.regularizer is {self.regularizer!r}; it must be one of '
         f'{", ".join(map(repr, REGULARIZERS))}.'
       )
-    shape = (self.channels, tuple(self.channel_multipliers), self.num_res_blocks)
+    shape = Shape(
+      self.channels,
+      tuple(self.channel_multipliers),
+      self.num_res_blocks,
+      tuple(self.attention_levels),
+      self.middle_attention,
+      tuple(self.norm_groups),
+    )
     # A KL encoder returns a mean and a log variance for each latent channel.
     encoded = self.latent_channels * (2 if self.regularizer == 'kl' else 1)
-    self.encoder = Encoder(*shape, encoded, self.remat, self.dtype)
-    self.decoder = Decoder(*shape, self.remat, self.dtype)
+    self.encoder = Encoder(shape, encoded, self.remat, self.dtype)
+    self.decoder = Decoder(shape, self.remat, self.dtype)
     # Next to the latent everything is float32: it costs nothing and keeps the latent's precision.
     self.quant_conv = nn.Conv(encoded, (1, 1), kernel_init=torch_init)
     self.post_quant_conv = nn.Conv(self.latent_channels, (1, 1), kernel_init=torch_init)
@@ -144,12 +166,21 @@ class Autoencoder(nn.Module):
     return image.astype(jnp.float32), features
 
 
+class Shape(NamedTuple):
+  """What encoder and decoder have in common; see `Autoencoder`."""
+
+  channels: int
+  channel_multipliers: tuple[int, ...]
+  num_res_blocks: int
+  attention_levels: tuple[int, ...]
+  middle_attention: bool
+  norm_groups: tuple[int, int]
+
+
 class Encoder(nn.Module):
   """(B, H, W, 3) -> (B, H/f, W/f, out_channels)."""
 
-  channels: int
-  channel_multipliers: Sequence[int]
-  num_res_blocks: int
+  shape: Shape
   out_channels: int
   remat: str = 'none'
   dtype: Dtype = jnp.float32
@@ -157,42 +188,47 @@ class Encoder(nn.Module):
   @nn.compact
   def __call__(self, image):
     """Residual blocks, downsampled between the levels; attention in the middle."""
-    residual = rematerialized(ResBlock, self.remat)
-    last = len(self.channel_multipliers) - 1
-    h = _conv3x3(self.channels, self.dtype, 'conv_in')(image)
-    for level, multiplier in enumerate(self.channel_multipliers):
-      for block in range(self.num_res_blocks):
-        name = f'down_{level}_block_{block}'
-        h = residual(self.channels * multiplier, self.dtype, name=name)(h)
+    shape, residual = self.shape, rematerialized(ResBlock, self.remat)
+    last = len(shape.channel_multipliers) - 1
+    h = _conv3x3(shape.channels, self.dtype, 'conv_in')(image)
+    for level, multiplier in enumerate(shape.channel_multipliers):
+      for block in range(shape.num_res_blocks):
+        name, channels = f'down_{level}_block_{block}', shape.channels * multiplier
+        h = residual(channels, shape.norm_groups, self.dtype, name=name)(h)
+        if level in shape.attention_levels:
+          name = f'down_{level}_attn_{block}'
+          h = SelfAttention(shape.norm_groups, self.dtype, name=name)(h)
       if level < last:
         h = Downsample(self.dtype, name=f'down_{level}_downsample')(h)
-    h = _middle(h, self.dtype)
-    h = nn.silu(GroupNorm(dtype=self.dtype, name='norm_out')(h))
+    h = _middle(h, shape, self.dtype)
+    h = nn.silu(GroupNorm(dtype=self.dtype, groups=shape.norm_groups, name='norm_out')(h))
     return _conv3x3(self.out_channels, self.dtype, 'conv_out')(h)
 
 
 class Decoder(nn.Module):
   """(B, h, w, C) -> image (B, fh, fw, 3) and the features its last layer reads."""
 
-  channels: int
-  channel_multipliers: Sequence[int]
-  num_res_blocks: int
+  shape: Shape
   remat: str = 'none'
   dtype: Dtype = jnp.float32
 
   @nn.compact
   def __call__(self, latent):
     """The encoder mirrored, with one residual block more on each level."""
-    residual = rematerialized(ResBlock, self.remat)
-    h = _conv3x3(self.channels * self.channel_multipliers[-1], self.dtype, 'conv_in')(latent)
-    h = _middle(h, self.dtype)
-    for level, multiplier in reversed(list(enumerate(self.channel_multipliers))):
-      for block in range(self.num_res_blocks + 1):
-        name = f'up_{level}_block_{block}'
-        h = residual(self.channels * multiplier, self.dtype, name=name)(h)
+    shape, residual = self.shape, rematerialized(ResBlock, self.remat)
+    h = _conv3x3(shape.channels * shape.channel_multipliers[-1], self.dtype, 'conv_in')(latent)
+    h = _middle(h, shape, self.dtype)
+    for level, multiplier in reversed(list(enumerate(shape.channel_multipliers))):
+      for block in range(shape.num_res_blocks + 1):
+        name, channels = f'up_{level}_block_{block}', shape.channels * multiplier
+        h = residual(channels, shape.norm_groups, self.dtype, name=name)(h)
+        if level in shape.attention_levels:
+          name = f'up_{level}_attn_{block}'
+          h = SelfAttention(shape.norm_groups, self.dtype, name=name)(h)
       if level > 0:
         h = Upsample(self.dtype, name=f'up_{level}_upsample')(h)
-    features = nn.silu(GroupNorm(dtype=self.dtype, name='norm_out')(h))
+    norm = GroupNorm(dtype=self.dtype, groups=shape.norm_groups, name='norm_out')
+    features = nn.silu(norm(h))
     return _conv3x3(3, self.dtype, 'conv_out')(features), features
 
 
@@ -200,14 +236,16 @@ class ResBlock(nn.Module):
   """norm, SiLU, conv, twice, plus the input (projected where the channels differ)."""
 
   channels: int
+  norm_groups: Sequence[int] = NORM_GROUPS
   dtype: Dtype = jnp.float32
 
   @nn.compact
   def __call__(self, x):
     """(B, H, W, any) -> (B, H, W, channels)."""
-    h = nn.silu(GroupNorm(dtype=self.dtype, name='norm1')(x))
+    norm = functools.partial(GroupNorm, dtype=self.dtype, groups=self.norm_groups)
+    h = nn.silu(norm(name='norm1')(x))
     h = _conv3x3(self.channels, self.dtype, 'conv1')(h)
-    h = nn.silu(GroupNorm(dtype=self.dtype, name='norm2')(h))
+    h = nn.silu(norm(name='norm2')(h))
     h = _conv3x3(self.channels, self.dtype, 'conv2')(h)
     if x.shape[-1] != self.channels:
       x = _conv1x1(self.channels, self.dtype, 'nin_shortcut')(x)
@@ -217,13 +255,14 @@ class ResBlock(nn.Module):
 class SelfAttention(nn.Module):
   """Single-head attention over all positions, plus the input (CompVis: `AttnBlock`)."""
 
+  norm_groups: Sequence[int] = NORM_GROUPS
   dtype: Dtype = jnp.float32
 
   @nn.compact
   def __call__(self, x):
     """(B, H, W, C) -> the same shape."""
     batch, height, width, channels = x.shape
-    h = GroupNorm(dtype=self.dtype, name='norm')(x)
+    h = GroupNorm(dtype=self.dtype, groups=self.norm_groups, name='norm')(x)
     query, key, value = (
       _conv1x1(channels, self.dtype, name)(h).reshape(batch, height * width, 1, channels)
       for name in ('q', 'k', 'v')
@@ -251,10 +290,12 @@ class Downsample(nn.Module):
     )(x)
 
 
-def _middle(h, dtype):
-  h = ResBlock(h.shape[-1], dtype, name='mid_block_1')(h)
-  h = SelfAttention(dtype, name='mid_attn_1')(h)
-  return ResBlock(h.shape[-1], dtype, name='mid_block_2')(h)
+def _middle(h, shape: Shape, dtype):
+  channels, groups = h.shape[-1], shape.norm_groups
+  h = ResBlock(channels, groups, dtype, name='mid_block_1')(h)
+  if shape.middle_attention:
+    h = SelfAttention(groups, dtype, name='mid_attn_1')(h)
+  return ResBlock(channels, groups, dtype, name='mid_block_2')(h)
 
 
 def _conv3x3(channels, dtype, name):

@@ -4,6 +4,8 @@ Parameters are float32; `dtype` is what a layer computes in (bfloat16 on acceler
 softmax always compute in float32.
 """
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,13 @@ import jax.numpy as jnp
 from p2ldm.errors import UserError
 
 Dtype = jnp.dtype
+NORM_GROUPS = (32, 4)  # a norm has at most 32 groups, of at least 4 channels
+
+
+def num_groups(channels: int, groups: Sequence[int]) -> int:
+  """How many groups a norm of so many channels has, given (most groups, least channels of a group)."""
+  most, least = groups
+  return max(1, min(most, channels // least))
 
 
 class GroupNorm(nn.Module):
@@ -18,7 +27,8 @@ class GroupNorm(nn.Module):
 
   Below 128 channels there are fewer groups, of 4 channels each: with 32 groups of one channel, as the
   reference would have at 32 channels, the norm takes out of every channel its mean, and with it the
-  timestep in the U-Net and the colour in the autoencoder.
+  timestep in the U-Net and the colour in the autoencoder. Weights from elsewhere bring their own `groups`:
+  (32, 1) is CompVis'.
 
   CompVis: `Normalize` (epsilon 1e-6) in the autoencoder and the transformers, `GroupNorm32`
   (epsilon 1e-5) in the U-Net's residual blocks.
@@ -26,12 +36,14 @@ class GroupNorm(nn.Module):
 
   epsilon: float = 1e-6
   dtype: Dtype = jnp.float32
+  groups: Sequence[int] = NORM_GROUPS
 
   @nn.compact
   def __call__(self, x):
-    """(..., C) of any float dtype, C divisible by the number of groups, min(32, C / 4)."""
-    groups = max(1, min(32, x.shape[-1] // 4))
-    y = nn.GroupNorm(groups, epsilon=self.epsilon, dtype=jnp.float32, name='norm')(x)
+    """(..., C) of any float dtype, C divisible by the number of groups (see `num_groups`)."""
+    y = nn.GroupNorm(
+      num_groups(x.shape[-1], self.groups), epsilon=self.epsilon, dtype=jnp.float32, name='norm'
+    )(x)
     return y.astype(self.dtype)
 
 

@@ -9,6 +9,7 @@ renaming and transposing alone. In the unconditional shape of celebahq-ldm-vq-4:
 
 import functools
 import math
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ import numpy as np
 
 from p2ldm.errors import UserError
 from p2ldm.models.attention import AttentionBlock, SpatialTransformer
-from p2ldm.models.layers import Dtype, GroupNorm, rematerialized
+from p2ldm.models.layers import NORM_GROUPS, Dtype, GroupNorm, rematerialized
 
 Conv = functools.partial(nn.Conv, kernel_size=(3, 3), padding=1)
 
@@ -37,16 +38,18 @@ class ResidualBlock(nn.Module):
 
   channels: int
   dropout: float = 0.0
+  norm_groups: Sequence[int] = NORM_GROUPS
   dtype: Dtype = jnp.float32
 
   @nn.compact
   def __call__(self, x, embedding, deterministic: bool):
     """x (B, h, w, C), embedding (B, E); returns (B, h, w, channels)."""
     conv = functools.partial(Conv, self.channels, dtype=self.dtype)
-    h = conv(name='in_conv')(nn.silu(GroupNorm(1e-5, self.dtype, name='in_norm')(x)))
+    norm = functools.partial(GroupNorm, 1e-5, self.dtype, self.norm_groups)
+    h = conv(name='in_conv')(nn.silu(norm(name='in_norm')(x)))
     shift = nn.Dense(self.channels, dtype=self.dtype, name='embedding')(nn.silu(embedding))
     h = h + shift[:, None, None]
-    h = nn.silu(GroupNorm(1e-5, self.dtype, name='out_norm')(h))
+    h = nn.silu(norm(name='out_norm')(h))
     h = nn.Dropout(self.dropout)(h, deterministic=deterministic)
     h = conv(kernel_init=nn.initializers.zeros_init(), name='out_conv')(h)
     if x.shape[-1] != self.channels:
@@ -82,7 +85,7 @@ class Block(nn.Module):
   """A few layers in sequence; each is given what it takes. CompVis: `TimestepEmbedSequential`.
 
   Attributes:
-    kinds: of the layers: 'conv', 'residual', 'attention', 'downsample' or 'upsample'.
+    kinds: of the layers: 'conv', 'residual', 'attention', 'transformer', 'downsample' or 'upsample'.
     channels: that leave the block.
   """
 
@@ -91,7 +94,7 @@ class Block(nn.Module):
   head_channels: int
   transformer_depth: int
   dropout: float
-  use_context: bool
+  norm_groups: Sequence[int] = NORM_GROUPS
   dtype: Dtype = jnp.float32
 
   def setup(self):
@@ -102,13 +105,13 @@ class Block(nn.Module):
     if kind == 'conv':
       return Conv(self.channels, dtype=self.dtype)
     if kind == 'residual':
-      return ResidualBlock(self.channels, self.dropout, self.dtype)
-    if kind == 'attention' and self.use_context:
+      return ResidualBlock(self.channels, self.dropout, self.norm_groups, self.dtype)
+    if kind == 'transformer':
       return SpatialTransformer(
-        self.channels, self.head_channels, self.transformer_depth, self.dtype
+        self.channels, self.head_channels, self.transformer_depth, self.norm_groups, self.dtype
       )
     if kind == 'attention':
-      return AttentionBlock(self.head_channels, self.dtype)
+      return AttentionBlock(self.head_channels, self.norm_groups, self.dtype)
     return {'downsample': Downsample, 'upsample': Upsample}[kind](self.channels, self.dtype)
 
   def project_context(self, context):
@@ -132,12 +135,16 @@ class UNet(nn.Module):
   """Predicts noise (or v) from noisy latents, timesteps and, with `use_context`, a context.
 
   Attributes:
-    channels: at full resolution; a multiple of 32. From 128 on, all is as in CompVis; below, the norms have
-      fewer groups (see `GroupNorm`), so that such weights would not carry over.
+    channels: at full resolution, a multiple of norm_groups[0] and of head_channels.
     channel_multipliers: of each resolution, each half the one before.
     num_res_blocks: a resolution on the way down; one more on the way up.
     attention_factors: attention where the latent is downsampled by one of these.
     head_channels: D of every attention head.
+    num_heads: of every attention, whatever their width; 0: as many as head_channels makes.
+    attention_blocks: with `use_context`, a plain AttentionBlock before each SpatialTransformer. An
+      unconditional model has it in that one's place, so conditional training can start from such a model.
+    norm_groups: at most so many groups in a norm, of at least so many channels (see `GroupNorm`). (32, 1) is
+      CompVis'; from 128 channels on there is no difference.
     transformer_depth: transformer blocks in each attention layer; for `use_context`.
     dropout: rate in the residual blocks.
     out_channels: of the prediction.
@@ -155,41 +162,51 @@ class UNet(nn.Module):
   dropout: float
   out_channels: int
   use_context: bool
+  num_heads: int = 0
+  attention_blocks: bool = False
+  norm_groups: Sequence[int] = NORM_GROUPS
   remat: str = 'none'
   dtype: Dtype = jnp.float32
 
   def setup(self):
     """Declares the layers."""
     self._check_fields()
-    block = functools.partial(
-      rematerialized(Block, self.remat, static_argnums=(4,)),
-      head_channels=self.head_channels,
-      transformer_depth=self.transformer_depth,
-      dropout=self.dropout,
-      use_context=self.use_context,
-      dtype=self.dtype,
-    )
+    kind = rematerialized(Block, self.remat, static_argnums=(4,))
+
+    def block(kinds, channels):
+      return kind(
+        kinds,
+        channels,
+        head_channels=channels // self.num_heads if self.num_heads else self.head_channels,
+        transformer_depth=self.transformer_depth,
+        dropout=self.dropout,
+        norm_groups=self.norm_groups,
+        dtype=self.dtype,
+      )
+
     inputs, middle, outputs = self._plan()
     self.time_in = nn.Dense(4 * self.channels)
     self.time_out = nn.Dense(4 * self.channels)
     self.input_blocks = [block(kinds, channels) for kinds, channels in inputs]
     self.middle_block = block(*middle)
     self.output_blocks = [block(kinds, channels) for kinds, channels in outputs]
-    self.out_norm = GroupNorm(1e-5)
+    self.out_norm = GroupNorm(1e-5, groups=self.norm_groups)
     self.out_conv = Conv(self.out_channels, kernel_init=nn.initializers.zeros_init())
 
   def _plan(self):
     """Kinds of layers and channels of every block: the way down, the middle, the way up."""
+    attention = ('attention',) if self.attention_blocks or not self.use_context else ()
+    attention += ('transformer',) if self.use_context else ()
     inputs, outputs = [(('conv',), self.channels)], []
     for level, multiplier in enumerate(self.channel_multipliers):
       channels = multiplier * self.channels
-      block = ('residual', 'attention') if 2**level in self.attention_factors else ('residual',)
+      block = ('residual', *(attention if 2**level in self.attention_factors else ()))
       inputs += self.num_res_blocks * [(block, channels)]
       if level + 1 < len(self.channel_multipliers):
         inputs.append((('downsample',), channels))
       last = (*block, 'upsample') if level > 0 else block
       outputs = self.num_res_blocks * [(block, channels)] + [(last, channels)] + outputs
-    return inputs, (('residual', 'attention', 'residual'), channels), outputs
+    return inputs, (('residual', *attention, 'residual'), channels), outputs
 
   def project_context(self, context):
     """Keys and values of every cross-attention layer: compute them once per image.
@@ -249,10 +266,15 @@ class UNet(nn.Module):
     return self.out_conv(nn.silu(self.out_norm(h)))
 
   def _check_fields(self):
-    if self.channels % 32 or self.channels % self.head_channels:
+    if self.channels % self.norm_groups[0]:
       raise UserError(
-        f'unet.channels={self.channels} must be a multiple of 32, so that its norms can split the '
-        f'channels of every block into equal groups, and of unet.head_channels={self.head_channels}.'
+        f'unet.channels={self.channels} must be a multiple of {self.norm_groups[0]}, so that its norms can '
+        'split the channels of every block into equal groups.'
+      )
+    heads = 'num_heads' if self.num_heads else 'head_channels'
+    if self.channels % getattr(self, heads):
+      raise UserError(
+        f'unet.channels={self.channels} must be a multiple of unet.{heads}={getattr(self, heads)}.'
       )
 
   def _check_inputs(self, latents, timesteps, context_kv):
