@@ -1,0 +1,375 @@
+"""diffusers: the configs of VQModel, AutoencoderKL, UNet2DConditionModel and UNet2DModel, and their names.
+
+Nothing here imports diffusers or PyTorch. A diffusers U-Net numbers its blocks by level, CompVis' (and ours)
+one after the other; where theirs has `down_blocks.1.resnets.0`, ours has `input_blocks_4/layers_0`.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+
+from p2ldm.errors import UserError
+from p2ldm.interop.tensor_layout import Entry, rename
+
+_LEAVES = (
+  (r'norm(\w*)\.norm\.(scale|bias)$', r'norm\1.\2'),
+  (r'\.(kernel|scale)$', '.weight'),
+)
+_SELF_ATTENTION = (
+  (r'(attentions\.\d+)\.norm\b', r'\1.group_norm'),
+  (r'(attentions\.\d+)\.([qkv])\b', r'\1.to_\2'),
+  (r'(attentions\.\d+)\.proj_out\b', r'\1.to_out.0'),
+)
+_RESIDUAL = (
+  (r'\.in_norm\b', '.norm1'),
+  (r'\.in_conv\b', '.conv1'),
+  (r'\.embedding\b', '.time_emb_proj'),
+  (r'\.out_norm\b', '.norm2'),
+  (r'\.out_conv\b', '.conv2'),
+  (r'\.skip\b', '.conv_shortcut'),
+)
+_TRANSFORMER = (
+  (r'\.blocks_(\d+)', r'.transformer_blocks.\1'),
+  (r'\.to_out\b', '.to_out.0'),
+  (r'\.ff\.proj_in\b', '.ff.net.0.proj'),
+  (r'\.ff\.proj_out\b', '.ff.net.2'),
+)
+# Names that AutoencoderKL had before diffusers 0.17, still found in published files.
+_OLD = (
+  (r'(attentions\.\d+)\.query\.', r'\1.to_q.'),
+  (r'(attentions\.\d+)\.key\.', r'\1.to_k.'),
+  (r'(attentions\.\d+)\.value\.', r'\1.to_v.'),
+  (r'(attentions\.\d+)\.proj_attn\.', r'\1.to_out.0.'),
+)
+
+
+def modern_name(name: str) -> str:
+  """A tensor's name as diffusers writes it today."""
+  return rename(name, _OLD)
+
+
+def autoencoder_entries(names: Iterable[str], levels: int) -> list[Entry]:
+  """Where the tensors of an autoencoder with so many levels lie in VQModel and AutoencoderKL."""
+
+  def level(match: re.Match) -> str:
+    coder, way, i, kind, j = match.groups()
+    i = int(i) if way == 'down' else levels - 1 - int(i)
+    kind = {'block': 'resnets', 'attn': 'attentions'}[kind]
+    return f'{coder}.{way}_blocks.{i}.{kind}.{j}'
+
+  def sampler(match: re.Match) -> str:
+    coder, way, i = match.groups()
+    i = int(i) if way == 'down' else levels - 1 - int(i)
+    return f'{coder}.{way}_blocks.{i}.{way}samplers.0'
+
+  rules = (
+    *_LEAVES,
+    (r'^(encoder|decoder)\.(down|up)_(\d+)_(block|attn)_(\d+)', level),
+    (r'^(encoder|decoder)\.(down|up)_(\d+)_(?:downsample|upsample)', sampler),
+    (r'\.mid_block_1\b', '.mid_block.resnets.0'),
+    (r'\.mid_block_2\b', '.mid_block.resnets.1'),
+    (r'\.mid_attn_1\b', '.mid_block.attentions.0'),
+    (r'\.norm_out\b', '.conv_norm_out'),
+    (r'\.nin_shortcut\b', '.conv_shortcut'),
+    (r'^quantize\.embedding$', 'quantize.embedding.weight'),
+    *_SELF_ATTENTION,
+  )
+  entries = []
+  for name in names:
+    theirs = rename(name, rules)
+    rank = 1 if not name.endswith('kernel') else 2 if '.attentions.' in theirs else 4
+    entries.append(Entry(name, (theirs,), rank))
+  return entries
+
+
+def unet_entries(
+  names: Iterable[str], fields: Mapping, shapes: Mapping[str, tuple[int, ...]]
+) -> list[Entry]:
+  """Where the tensors of a U-Net lie in UNet2DConditionModel or, without a context, in UNet2DModel.
+
+  Args:
+    names: ours, of all tensors.
+    fields: of `UNet`.
+    shapes: {name: shape} of ours.
+  """
+  in_level = fields['num_res_blocks'] + 1
+
+  def block(match: re.Match) -> str:
+    way, i, layer, rest = match[1], int(match[2]), match[3], match[4]
+    if way == 'input' and i == 0:
+      return f'conv_in.{rest}'
+    level, j = divmod(i - 1 if way == 'input' else i, in_level)
+    prefix = f'{"down" if way == "input" else "up"}_blocks.{level}'
+    return f'{prefix}.{_layer(layer, j, rest, "down" if way == "input" else "up")}'
+
+  def middle(match: re.Match) -> str:
+    layer, rest = int(match[1]), match[2]
+    if _is_residual(rest):
+      return f'mid_block.resnets.{0 if layer == 0 else 1}.{rest}'
+    return f'mid_block.attentions.0.{rest}'
+
+  rules = (
+    *_LEAVES,
+    (r'^time_in\b', 'time_embedding.linear_1'),
+    (r'^time_out\b', 'time_embedding.linear_2'),
+    (r'^out_norm\b', 'conv_norm_out'),
+    (r'^out_conv\b', 'conv_out'),
+    (r'^(input|output)_blocks_(\d+)\.layers_(\d+)\.(.*)$', block),
+    (r'^middle_block\.layers_(\d+)\.(.*)$', middle),
+    *_RESIDUAL,
+    *_TRANSFORMER,
+  )
+  entries = []
+  for name in names:
+    theirs = rename(name, rules)
+    is_kernel = name.endswith('kernel')
+    if '.qkv.' in name:
+      heads = shapes[name][-1] // 3 // _head_channels(fields, shapes[name][-1] // 3)
+      split = tuple(theirs.replace('.qkv.', f'.to_{x}.') for x in 'qkv')
+      entries.append(Entry(name, split, 2 if is_kernel else 1, heads))
+      continue
+    plain = '.attentions.' in theirs and 'transformer_blocks' not in theirs
+    if plain and not fields['use_context']:
+      theirs = rename(theirs, _SELF_ATTENTION)
+      rank = 2
+    elif re.search(r'\.(proj_in|proj_out|conv_shortcut)\.', theirs) and '.ff.' not in theirs:
+      rank = 4
+    else:
+      rank = 4 if 'conv' in theirs else 2
+    entries.append(Entry(name, (theirs,), rank if is_kernel else 1))
+  return entries
+
+
+def _is_residual(rest: str) -> bool:
+  return bool(re.match(r'(in_norm|in_conv|embedding|out_norm|out_conv|skip)\b', rest))
+
+
+def _layer(layer: str, j: int, rest: str, way: str) -> str:
+  """Name of a layer within a level: a residual block, an attention or a sampler."""
+  if rest.startswith('conv.'):
+    return f'{way}samplers.0.{rest}'
+  return f'{"resnets" if _is_residual(rest) else "attentions"}.{j}.{rest}'
+
+
+def _head_channels(fields: Mapping, channels: int) -> int:
+  return channels // fields['num_heads'] if fields.get('num_heads') else fields['head_channels']
+
+
+def autoencoder_config(fields: Mapping, image_size: int, scale: float) -> dict:
+  """config.json of the VQModel or AutoencoderKL that an autoencoder of ours is.
+
+  Args:
+    fields: of `Autoencoder`.
+    image_size: pixels square.
+    scale: of the latents, what diffusers multiplies them by.
+  """
+  levels = len(fields['channel_multipliers'])
+  attention = set(fields.get('attention_levels', ()))
+  vector_quantized = fields['regularizer'] == 'vq'
+  config = {
+    '_class_name': 'VQModel' if vector_quantized else 'AutoencoderKL',
+    'in_channels': 3,
+    'out_channels': 3,
+    'down_block_types': [
+      'AttnDownEncoderBlock2D' if i in attention else 'DownEncoderBlock2D' for i in range(levels)
+    ],
+    'up_block_types': [
+      'AttnUpDecoderBlock2D' if i in attention else 'UpDecoderBlock2D'
+      for i in reversed(range(levels))
+    ],
+    'block_out_channels': [fields['channels'] * m for m in fields['channel_multipliers']],
+    'layers_per_block': fields['num_res_blocks'],
+    'act_fn': 'silu',
+    'latent_channels': fields['latent_channels'],
+    'norm_num_groups': fields.get('norm_groups', (32, 4))[0],
+    'sample_size': image_size,
+    'scaling_factor': scale,
+    'mid_block_add_attention': fields.get('middle_attention', True),
+  }
+  if vector_quantized:
+    config |= {
+      'num_vq_embeddings': fields['codebook_size'],
+      'vq_embed_dim': fields['latent_channels'],
+    }
+  return config
+
+
+def autoencoder_fields(config: Mapping, source) -> dict:
+  """The fields of `Autoencoder` for the config.json of a VQModel or an AutoencoderKL.
+
+  Raises:
+    UserError: another class, or a variant that p2ldm has not.
+  """
+  kind = config.get('_class_name')
+  if kind not in ('VQModel', 'AutoencoderKL'):
+    raise UserError(f'{source} is of the class {kind}; autoencoders are VQModel or AutoencoderKL.')
+  try:
+    widths = config['block_out_channels']
+    down = config['down_block_types']
+    latent_channels = config['latent_channels']
+    fields = {
+      'channels': widths[0],
+      'channel_multipliers': [width // widths[0] for width in widths],
+      'num_res_blocks': config['layers_per_block'],
+      'latent_channels': latent_channels,
+      'regularizer': 'vq' if kind == 'VQModel' else 'kl',
+      'codebook_size': config['num_vq_embeddings'] if kind == 'VQModel' else 0,
+      'codebook_init_range': 0.0,
+      'attention_levels': [i for i, block in enumerate(down) if block.startswith('Attn')],
+      'middle_attention': config.get('mid_block_add_attention', True),
+      'norm_groups': [config['norm_num_groups'], 1],
+    }
+  except (KeyError, TypeError, IndexError, AttributeError) as error:
+    raise UserError(f'{source} is not a whole config of a {kind}: {error!r}.') from error
+  wanted = {
+    'in_channels': (3,),
+    'out_channels': (3,),
+    'act_fn': ('silu',),
+    'norm_type': (None, 'group'),
+    'vq_embed_dim': (None, latent_channels),
+    'use_quant_conv': (None, True),
+    'use_post_quant_conv': (None, True),
+  }
+  _check_variant(config, wanted, source)
+  _check_blocks(down, ('DownEncoderBlock2D', 'AttnDownEncoderBlock2D'), source)
+  _check_multiples(widths, source)
+  return fields
+
+
+def unet_config(fields: Mapping, denoiser: Mapping, in_channels: int, size: int) -> dict:
+  """config.json of the U-Net; UNet2DConditionModel with a context, UNet2DModel without.
+
+  Args:
+    fields: of `UNet`.
+    denoiser: fields of `Denoiser`.
+    in_channels: of the latent, and of the mask where that is concatenated.
+    size: of the latent, pixels square.
+  """
+  widths = [fields['channels'] * m for m in fields['channel_multipliers']]
+  attends = [2**i in fields['attention_factors'] for i in range(len(widths))]
+  with_context = 'cross_attention' in (denoiser['attributes'], denoiser['mask'])
+  down, up = (
+    ('CrossAttnDownBlock2D', 'CrossAttnUpBlock2D')
+    if with_context
+    else ('AttnDownBlock2D', 'AttnUpBlock2D')
+  )
+  config = {
+    '_class_name': 'UNet2DConditionModel' if with_context else 'UNet2DModel',
+    'sample_size': size,
+    'in_channels': in_channels,
+    'out_channels': denoiser['latent_channels'],
+    'down_block_types': [down if attend else 'DownBlock2D' for attend in attends],
+    'up_block_types': [up if attend else 'UpBlock2D' for attend in reversed(attends)],
+    'block_out_channels': widths,
+    'layers_per_block': fields['num_res_blocks'],
+    'downsample_padding': 1,
+    'act_fn': 'silu',
+    'norm_num_groups': fields.get('norm_groups', (32, 4))[0],
+    'norm_eps': 1e-5,
+    'dropout': fields['dropout'],
+    'freq_shift': 0,
+    'flip_sin_to_cos': True,
+    'class_embed_type': 'identity' if denoiser['attributes'] == 'timestep' else None,
+  }
+  if with_context:
+    config |= {
+      'mid_block_type': 'UNetMidBlock2DCrossAttn',
+      'cross_attention_dim': denoiser['condition_encoder']['width'],
+      'transformer_layers_per_block': fields['transformer_depth'],
+      # diffusers: under this name, the number of heads of each level (its issue 2011).
+      'attention_head_dim': [width // _head_channels(fields, width) for width in widths],
+      'use_linear_projection': False,
+    }
+  else:
+    config['attention_head_dim'] = fields['head_channels']
+  return config
+
+
+def unet_fields(config: Mapping, source) -> dict:
+  """The fields of `UNet` for the config.json of a UNet2DConditionModel or UNet2DModel.
+
+  Returns:
+    Fields, and beside them 'use_context', 'context_width' (0 without), 'in_channels', 'out_channels'.
+
+  Raises:
+    UserError: another class, or a variant that p2ldm has not.
+  """
+  kind = config.get('_class_name')
+  if kind not in ('UNet2DConditionModel', 'UNet2DModel'):
+    raise UserError(
+      f'{source} is of the class {kind}; U-Nets are UNet2DConditionModel or UNet2DModel.'
+    )
+  with_context = kind == 'UNet2DConditionModel'
+  try:
+    widths, down = config['block_out_channels'], config['down_block_types']
+    heads, depth = config['attention_head_dim'], config.get('transformer_layers_per_block', 1)
+    fields = {
+      'channels': widths[0],
+      'channel_multipliers': [width // widths[0] for width in widths],
+      'num_res_blocks': config['layers_per_block'],
+      'attention_factors': [2**i for i, block in enumerate(down) if 'Attn' in block],
+      'transformer_depth': depth,
+      'dropout': config.get('dropout', 0.0),
+      'norm_groups': [config['norm_num_groups'], 1],
+      **(_heads(heads, widths) if with_context else {'head_channels': heads, 'num_heads': 0}),
+      'use_context': with_context,
+      'context_width': config['cross_attention_dim'] if with_context else 0,
+      'in_channels': config['in_channels'],
+      'out_channels': config['out_channels'],
+    }
+  except (KeyError, TypeError, IndexError, AttributeError) as error:
+    raise UserError(f'{source} is not a whole config of a {kind}: {error!r}.') from error
+  known = ('DownBlock2D', 'CrossAttnDownBlock2D' if with_context else 'AttnDownBlock2D')
+  wanted = {
+    'act_fn': ('silu',),
+    'center_input_sample': (None, False),
+    'freq_shift': (0,),
+    'flip_sin_to_cos': (True,),
+    'downsample_padding': (None, 1),
+    'mid_block_scale_factor': (None, 1),
+    'resnet_time_scale_shift': (None, 'default'),
+    'time_embedding_type': (None, 'positional'),
+    'class_embed_type': (None, 'identity'),
+    'addition_embed_type': (None,),
+    'encoder_hid_dim': (None,),
+    'only_cross_attention': (None, False),
+    'dual_cross_attention': (None, False),
+    'upcast_attention': (None, False),
+    'norm_eps': (1e-5,),
+  }
+  _check_variant(config, wanted, source)
+  _check_blocks(down, known, source)
+  _check_multiples(widths, source)
+  return fields
+
+
+def _heads(heads, widths: list[int]) -> dict:
+  """head_channels and num_heads from numbers of heads: one for all levels, or one a level."""
+  if isinstance(heads, int):
+    return {'head_channels': widths[0] // heads, 'num_heads': heads}
+  each = {width // number for width, number in zip(widths, heads, strict=True)}
+  if len(each) == 1:
+    return {'head_channels': each.pop(), 'num_heads': 0}
+  if len(set(heads)) == 1:
+    return {'head_channels': widths[0] // heads[0], 'num_heads': heads[0]}
+  raise KeyError(f'attention_head_dim={heads}: neither as many heads on all levels, nor as wide')
+
+
+def _check_variant(config: Mapping, wanted: Mapping, source):
+  """Raises `UserError` where a key has none of the values that p2ldm's networks stand for."""
+  for key, values in wanted.items():
+    if config.get(key) not in values:
+      raise UserError(
+        f'{source}: {key} is {config.get(key)!r}, and p2ldm has networks with '
+        f'{" or ".join(map(repr, [v for v in values if v is not None] or [None]))} only.'
+      )
+
+
+def _check_blocks(blocks, known, source):
+  for block in blocks:
+    if block not in known:
+      raise UserError(f'{source}: p2ldm has no {block}, only {" and ".join(known)}.')
+
+
+def _check_multiples(widths, source):
+  if any(width % widths[0] for width in widths):
+    raise UserError(f'{source}: block_out_channels {widths} are not multiples of the first.')
