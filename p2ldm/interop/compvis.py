@@ -108,9 +108,7 @@ def autoencoder_fields(shapes: Mapping[str, tuple[int, ...]], source) -> dict:
     'regularizer': 'vq' if vector_quantized else 'kl',
     'codebook_size': shapes['quantize.embedding.weight'][0] if vector_quantized else 0,
     'codebook_init_range': 0.0,
-    'attention_levels': [
-      i for i in range(levels) if f'encoder.down.{i}.attn.0.q.weight' in shapes
-    ],
+    'attention_levels': [i for i in range(levels) if f'encoder.down.{i}.attn.0.q.weight' in shapes],
     'middle_attention': 'encoder.mid.attn_1.q.weight' in shapes,
     'norm_groups': list(ORIGINAL_GROUPS),
   }
@@ -148,7 +146,9 @@ def unet_fields(shapes: Mapping[str, tuple[int, ...]], source) -> dict:
       f'{source} holds no U-Net of CompVis/latent-diffusion as p2ldm builds it: {error.args[0]} is missing.'
     ) from error
   if len(set(blocks)) != 1:
-    raise UserError(f'{source}: the levels of the U-Net have {blocks} residual blocks, not all alike.')
+    raise UserError(
+      f'{source}: the levels of the U-Net have {blocks} residual blocks, not all alike.'
+    )
   keys = [name for name in shapes if name.endswith('attn2.to_k.weight')]
   return {
     'channels': channels,

@@ -17,7 +17,10 @@ from p2ldm.errors import UserError
 from p2ldm.interop.weights import sha256
 
 _TORCH = ('.ckpt', '.pt', '.pth', '.bin')
-_HARMLESS = ('pytorch_lightning.', 'lightning.')  # classes that a checkpoint names, and we do without
+_HARMLESS = (
+  'pytorch_lightning.',
+  'lightning.',
+)  # classes that a checkpoint names, and we do without
 
 
 class TensorFile(Mapping):
@@ -146,7 +149,9 @@ def _read_torch(path: pathlib.Path) -> dict:
     ) from error
   state = content.get('state_dict', content) if isinstance(content, dict) else content
   if not isinstance(state, dict):
-    raise UserError(f'{path} holds no tensors by name (a state dict), but a {type(state).__name__}.')
+    raise UserError(
+      f'{path} holds no tensors by name (a state dict), but a {type(state).__name__}.'
+    )
   tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
   if not tensors:
     raise UserError(f'{path} holds no tensors.')

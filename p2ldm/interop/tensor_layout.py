@@ -1,9 +1,9 @@
 """Renaming tensors, and turning PyTorch's layouts into ours and back.
 
-  convolution (out, in, h, w)                                  <->  kernel (h, w, in, out)
-  dense (out, in), or a convolution of one pixel (out, in, 1, 1) or (out, in, 1)  <->  kernel (in, out)
-  norms, biases, codebooks                                     as they are
-  queries, keys and values in three tensors                    <->  `qkv`, by head, then by q, k, v
+convolution (out, in, h, w)                                  <->  kernel (h, w, in, out)
+dense (out, in), or a convolution of one pixel (out, in, 1, 1) or (out, in, 1)  <->  kernel (in, out)
+norms, biases, codebooks                                     as they are
+queries, keys and values in three tensors                    <->  `qkv`, by head, then by q, k, v
 """
 
 import re
