@@ -113,15 +113,15 @@ def guided(predict, condition, weights, interval: tuple[int, int] | None = None)
     return jnp.sum(weights.reshape((-1,) + (1,) * x.ndim) * outputs, axis=0)
 
   def conditional(x, timesteps):
-    last = jax.tree.map(lambda leaf: leaf[(num_branches - 1) * len(x) :], condition)
+    last = jax.tree.map(lambda leaf: leaf[(num_branches - 1) * x.shape[0] :], condition)
     return predict(x, timesteps, last).astype(jnp.float32)
 
   def denoise(x, timesteps):
     for leaf in jax.tree.leaves(condition):
-      if len(leaf) != num_branches * len(x):
+      if leaf.shape[0] != num_branches * x.shape[0]:
         raise UserError(
-          f'Guidance: {num_branches} branches of {len(x)} images need a condition of '
-          f'{num_branches * len(x)} rows, but a leaf has shape {leaf.shape}.'
+          f'Guidance: {num_branches} branches of {x.shape[0]} images need a condition of '
+          f'{num_branches * x.shape[0]} rows, but a leaf has shape {leaf.shape}.'
         )
     if num_branches == 1:  # weights sum to 1
       return conditional(x, timesteps)

@@ -212,13 +212,13 @@ def _scan(denoise, noise, keys, schedule, timesteps, coefficients, prediction, c
   """Runs the update of the module's docstring over the S rows of the coefficients."""
   check_prediction(prediction)
   stochastic = bool(np.any(coefficients.noise))
-  if stochastic and (keys is None or len(keys) != len(noise)):
-    raise UserError(f'Sampler: give one key per image, {len(noise)}, as image_keys does.')
+  if stochastic and (keys is None or keys.shape[0] != noise.shape[0]):
+    raise UserError(f'Sampler: give one key per image, {noise.shape[0]}, as image_keys does.')
 
   def step(carry, row):
     x, previous_x0 = carry
     index, timestep, c = row
-    batch_timesteps = jnp.full(len(x), timestep)
+    batch_timesteps = jnp.full(x.shape[0], timestep)
     output = denoise(x, batch_timesteps).astype(jnp.float32)
     x0 = to_x0(schedule, output, x, batch_timesteps, prediction)
     if clip_x0 is not None:

@@ -1,0 +1,199 @@
+"""Converts models: CompVis' and diffusers' weights in, diffusers and StableHLO out.
+
+  python -m p2ldm.convert --from=compvis --to=p2ldm model.ckpt models/vq_f4
+  python -m p2ldm.convert --from=diffusers --to=p2ldm ldm-celebahq-256 models/celebahq
+  python -m p2ldm.convert --from=p2ldm --to=diffusers runs/multi exported/multi
+  python -m p2ldm.convert --from=p2ldm --to=stablehlo runs/multi exported/sampler --steps=50
+
+SOURCE is a checkpoint (.ckpt, .safetensors), a folder of diffusers, a model directory or a training workdir;
+DEST is made, and must not exist. Nothing is left behind if it fails. A checkpoint is never unpickled beyond
+its tensors. What became of each tensor is in DEST/conversion.json. docs/interop.md tells what to do with the
+result.
+"""
+
+import json
+import pathlib
+import re
+
+from absl import flags
+
+from p2ldm import errors, storage
+from p2ldm.data.labels import CELEBAMASK_HQ, LabelSchema
+from p2ldm.errors import UserError
+
+_SOURCES = ('compvis', 'diffusers', 'p2ldm')
+_TARGETS = ('p2ldm', 'diffusers', 'stablehlo')
+
+
+def convert(
+  source, dest, read: str, write: str, options=None, data=None, num_images=1_024, **export
+):
+  """Converts a model.
+
+  Args:
+    source: a checkpoint, a folder of diffusers, a model directory or a workdir.
+    dest: the folder to make.
+    read, write: formats, as --from and --to.
+    options: `importing.Options`; what a checkpoint does not say by itself.
+    data: a prepared data set whose first `num_images` faces give the statistics of the latents.
+    num_images: how many of them.
+    **export: of `stablehlo.export`.
+
+  Returns:
+    The report: {'files', 'notes', 'tensors', ...}, as in DEST/conversion.json.
+
+  Raises:
+    UserError: the source cannot be read, holds another network, or cannot be written in that format; `dest`
+      exists.
+  """
+  from tqdm import tqdm
+
+  from p2ldm.interop import diffusers_export, importing, model_directory, stablehlo
+
+  if read == write:
+    raise UserError(f'--from and --to are both {read}: there is nothing to convert.')
+  dest = storage.as_path(dest).expanduser()
+  if dest.exists():
+    raise UserError(f'{dest} exists; it is not replaced. Choose another name, or remove it.')
+  options = options or importing.Options()
+  with tqdm(desc='reading', total=1, unit='model') as bar:
+    if read == 'p2ldm':
+      parts, report = model_directory.load(storage.as_path(source).expanduser()), {}
+    else:
+      reader = {'compvis': importing.from_compvis, 'diffusers': importing.from_diffusers}[read]
+      parts, found = reader(pathlib.Path(source).expanduser(), options)
+      report = found.to_dict()
+      print(found.text())
+    bar.update()
+  if data:
+    parts.config['latents'] = measure_latents(parts, data, num_images)
+  if write == 'p2ldm':
+    model_directory.save(dest, parts)
+    report['written'] = json.loads((dest / 'config.json').read_text())['sha256']
+  elif write == 'diffusers':
+    report['written'] = diffusers_export.export(parts, dest, tqdm)
+  else:
+    report['written'] = stablehlo.export(parts, dest, **export)
+  report['statistics_of_latents'] = parts.config['latents']
+  storage.write_json(dest / 'conversion.json', report)
+  return report
+
+
+def measure_latents(parts, data, num_images: int) -> dict:
+  """Mean and standard deviation of each channel of the raw latents of a data set's first faces.
+
+  Args:
+    parts: the model whose autoencoder encodes.
+    data: a prepared data set.
+    num_images: how many faces of its split 'train', at most.
+
+  Returns:
+    {'mean': [C], 'std': [C]}.
+
+  Raises:
+    UserError: there is no data set, or its size is not the model's.
+  """
+  import jax
+  import numpy as np
+  from tqdm import tqdm
+
+  from p2ldm.data.prepared import open_dataset, ordered_batches  # needs TensorFlow
+
+  dataset = open_dataset(data, parts.config['image_size'])
+  if dataset.image_size != parts.config['image_size']:
+    raise UserError(
+      f'The data set {data} was prepared at {dataset.image_size} px, and the model is for '
+      f'{parts.config["image_size"]}. Give --image_size={dataset.image_size}, or prepare it at that size.'
+    )
+  model = parts.make_autoencoder()
+  encode = jax.jit(lambda params, image: model.apply({'params': params}, image, method='encode'))
+  count = min(num_images, dataset.num_examples('train'))
+  latents = []
+  batches = ordered_batches(dataset, 'train', 8, examples=range(count))
+  with tqdm(batches, desc='measuring latents', total=-(-count // 8), unit='batch') as bar:
+    for batch in bar:
+      latents.append(np.asarray(encode(parts.autoencoder, batch['image'])))
+  raw = np.concatenate(latents).astype(np.float64)
+  axes = tuple(range(raw.ndim - 1))
+  return {'mean': raw.mean(axes).tolist(), 'std': raw.std(axes).tolist()}
+
+
+def define_flags():
+  """Defines this command's flags."""
+  flags.DEFINE_enum('from', None, _SOURCES, 'What SOURCE is.')
+  flags.DEFINE_enum('to', None, _TARGETS, 'What to write to DEST.')
+  flags.DEFINE_string(
+    'ignore', '', 'Regular expression of tensors that may be left over, or be missing.'
+  )
+  flags.DEFINE_integer(
+    'image_size', 256, 'Pixels square that the model is for (compvis, diffusers).'
+  )
+  flags.DEFINE_boolean('ema', True, "The U-Net's moving average, where there is one (compvis).")
+  flags.DEFINE_integer(
+    'head_channels', 32, "Of an attention head of the U-Net: num_head_channels in CompVis' config."
+  )
+  flags.DEFINE_integer(
+    'num_heads', 0, "Heads on every level instead: num_heads in CompVis' config."
+  )
+  flags.DEFINE_float(
+    'scale',
+    0.0,
+    'What latents are multiplied by. 0: what SOURCE says, else 1 (VQ) or 0.18215 (KL).',
+  )
+  flags.DEFINE_string('schema', None, 'JSON of labels for the conditions (default: CelebAMask-HQ).')
+  flags.DEFINE_string('data', None, 'Prepared data set to measure the statistics of latents on.')
+  flags.DEFINE_integer('num_latents', 1_024, 'Faces of --data that are measured.')
+  flags.DEFINE_integer('steps', 50, 'Evaluations of the network per face (stablehlo).')
+  flags.DEFINE_string('sampler', 'ddim', 'ddim, dpmpp_2m or ddpm (stablehlo).')
+  flags.DEFINE_integer(
+    'batch_size', 0, 'Faces drawn at a time; 0: any number, decided by who calls it (stablehlo).'
+  )
+  flags.DEFINE_list(
+    'platforms', ['cpu', 'cuda', 'tpu'], 'What the sampler is to run on (stablehlo).'
+  )
+  flags.DEFINE_boolean(
+    'weights_inside', False, 'Puts the weights into the program instead of beside it (stablehlo).'
+  )
+
+
+def main(source: str = '', dest: str = ''):
+  """Runs the command."""
+  values = flags.FLAGS
+  read, write = values['from'].value, values.to
+  if not (read and write and source and dest):
+    raise UserError(
+      'Say what to convert: python -m p2ldm.convert --from=compvis --to=p2ldm model.ckpt DEST. '
+      f'--from is one of {", ".join(_SOURCES)}, --to one of {", ".join(_TARGETS)}; --help explains.'
+    )
+  try:
+    re.compile(values.ignore)
+  except re.error as error:
+    raise UserError(f'--ignore={values.ignore} is not a regular expression: {error}.') from error
+  from p2ldm.interop.importing import Options
+
+  schema = CELEBAMASK_HQ if values.schema is None else LabelSchema.load(values.schema)
+  options = Options(
+    image_size=values.image_size,
+    ema=values.ema,
+    ignore=values.ignore,
+    head_channels=values.head_channels,
+    num_heads=values.num_heads,
+    scale=values.scale,
+    schema=schema,
+  )
+  export = {}
+  if write == 'stablehlo':
+    export = {
+      'steps': values.steps,
+      'sampler': values.sampler,
+      'batch_size': values.batch_size,
+      'platforms': tuple(values.platforms),
+      'weights_inside': values.weights_inside,
+    }
+  convert(source, dest, read, write, options, values.data, values.num_latents, **export)
+  print(f'{dest} is written; {dest}/conversion.json has the details.')
+
+
+if __name__ == '__main__':
+  define_flags()
+  errors.run(main, positional=2)

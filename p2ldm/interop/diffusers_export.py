@@ -1,0 +1,209 @@
+"""A model of ours as a pipeline folder of diffusers; written without PyTorch.
+
+DEST/
+  model_index.json        what diffusers loads, and the schema, statistics of the latents, provenance
+  vqvae/ or vae/          VQModel or AutoencoderKL
+  unet/                   UNet2DConditionModel; UNet2DModel where no condition comes by cross-attention
+  scheduler/              DDIMScheduler with our betas
+  condition_encoder/      the condition encoder, with the PyTorch code that runs it
+  pipeline.py             the pipeline's code
+  README.md               the model card
+"""
+
+import functools
+import json
+import math
+import pathlib
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import safetensors.numpy
+from flax import traverse_util
+
+from p2ldm import storage
+from p2ldm.errors import UserError
+from p2ldm.interop import condition_encoder, diffusers, tensor_layout, weights
+from p2ldm.interop.model_card import model_card
+from p2ldm.interop.model_directory import ModelParts
+
+_CODE = pathlib.Path(__file__).parent / 'torch_modules'
+_FILE = 'diffusion_pytorch_model.safetensors'
+_VERSION = '0.35.0'  # of diffusers: the oldest that the pipeline's code was written for
+_USE = """
+## In diffusers
+
+```python
+from diffusers import DiffusionPipeline
+
+folder = 'THIS_FOLDER'
+pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+pipeline({example}num_images=4).images[0].save('face.png')
+```
+
+`trust_remote_code` runs `pipeline.py` and `condition_encoder/condition_encoder.py` of this folder: read them first.
+"""
+
+
+def export(parts: ModelParts, dest, progress: Callable = lambda items, **_: items):
+  """Writes the folder, whole or not at all.
+
+  Args:
+    parts: the model; without a denoiser, its autoencoder alone is written, straight into `dest`.
+    dest: the folder to make.
+    progress: wraps the networks that are written, as tqdm does.
+
+  Returns:
+    {path in the folder: SHA-256} of the weights.
+
+  Raises:
+    UserError: `dest` exists, or diffusers has no such network.
+  """
+  dest = storage.absolute(dest)
+  if dest.exists():
+    raise UserError(f'{dest} exists; it is not replaced. Choose another name, or remove it.')
+  config = parts.config
+  latents = config['latents'] or {'std': [1.0]}
+  fields = config['autoencoder']
+  scale = 1 / float(np.mean(latents['std']))
+  autoencoder = _autoencoder(parts, scale)
+  if parts.denoiser is None:
+    with storage.new_directory(dest, last='config.json') as new:
+      return _write(new, '', *autoencoder)
+  _check(config)
+  name = 'vqvae' if fields['regularizer'] == 'vq' else 'vae'
+  networks = {name: autoencoder, 'unet': _unet(parts)}
+  encoder = _condition_encoder(parts)
+  if encoder:
+    networks['condition_encoder'] = encoder
+  digests = {}
+  with storage.new_directory(dest, last='model_index.json') as new:
+    for folder, network in progress(networks.items(), desc='writing', unit='network'):
+      (new / folder).mkdir()
+      digests |= _write(new, f'{folder}/', *network)
+    (new / 'scheduler').mkdir()
+    _json(new / 'scheduler' / 'scheduler_config.json', scheduler_config(config['diffusion']))
+    if encoder:
+      _copy('condition_encoder.py', new / 'condition_encoder')
+    _copy('pipeline.py', new)
+    example = "attributes='Smiling', " if 'Smiling' in config['schema']['attributes'] else ''
+    card = model_card({**config, 'sha256': digests}) + _USE.format(example=example)
+    (new / 'README.md').write_text(card)
+    _json(new / 'model_index.json', _index(config, networks))
+  return digests
+
+
+def scheduler_config(diffusion: Mapping) -> dict:
+  """scheduler_config.json: DDIM over the timesteps that `schedule.spaced_timesteps` gives.
+
+  The two are the same where the number of steps divides that of the timesteps.
+  """
+  return {
+    '_class_name': 'DDIMScheduler',
+    '_diffusers_version': _VERSION,
+    'num_train_timesteps': diffusion['num_timesteps'],
+    'beta_start': diffusion['beta_start'],
+    'beta_end': diffusion['beta_end'],
+    'beta_schedule': 'scaled_linear',
+    'clip_sample': False,
+    'set_alpha_to_one': True,
+    'steps_offset': 1,
+    'timestep_spacing': 'leading',
+    'prediction_type': {'epsilon': 'epsilon', 'v': 'v_prediction'}[diffusion['prediction']],
+  }
+
+
+def _autoencoder(parts: ModelParts, scale: float):
+  fields = parts.config['autoencoder']
+  config = diffusers.autoencoder_config(fields, parts.config['image_size'], scale)
+  config['norm_num_groups'] = _groups(fields, config['block_out_channels'])
+  flat = traverse_util.flatten_dict(parts.autoencoder, sep='.')
+  entries = diffusers.autoencoder_entries(flat, len(fields['channel_multipliers']))
+  return config, entries, flat
+
+
+def _unet(parts: ModelParts):
+  denoiser = parts.config['denoiser']
+  context = 'cross_attention' in (denoiser['attributes'], denoiser['mask'])
+  fields = {**denoiser['unet'], 'use_context': context}
+  flat = traverse_util.flatten_dict(parts.denoiser['backbone'], sep='.')
+  shapes = {name: value.shape for name, value in flat.items()}
+  in_channels = shapes['input_blocks_0.layers_0.kernel'][2]
+  side = parts.config['image_size'] // denoiser['latent_factor']
+  config = diffusers.unet_config(fields, denoiser, in_channels, side)
+  config['norm_num_groups'] = _groups(fields, config['block_out_channels'])
+  return config, diffusers.unet_entries(list(flat), fields, shapes), flat
+
+
+def _condition_encoder(parts: ModelParts):
+  rest = {name: value for name, value in parts.denoiser.items() if name != 'backbone'}
+  if not rest:
+    return None
+  flat = traverse_util.flatten_dict(rest, sep='.')
+  shapes = {name: value.shape for name, value in flat.items()}
+  config = condition_encoder.config(parts.config['denoiser'])
+  return config, condition_encoder.entries(shapes), flat
+
+
+def _groups(fields: Mapping, widths: list[int]) -> int:
+  """A number of groups that diffusers can build the network with; the pipeline puts it right."""
+  return functools.reduce(math.gcd, widths, fields.get('norm_groups', (32, 4))[0])
+
+
+def _index(config: Mapping, networks: Mapping) -> dict:
+  """model_index.json."""
+  classes = {name: ['diffusers', network[0]['_class_name']] for name, network in networks.items()}
+  if 'condition_encoder' in classes:
+    classes['condition_encoder'] = ['condition_encoder', 'ConditionEncoder']
+  absent = {name: [None, None] for name in ('vqvae', 'vae', 'condition_encoder')}
+  return {
+    '_class_name': ['pipeline', 'P2LDMPipeline'],
+    '_diffusers_version': _VERSION,
+    **absent,
+    **classes,
+    'scheduler': ['diffusers', 'DDIMScheduler'],
+    'schema': config['schema'],
+    'image_size': config['image_size'],
+    'latents_mean': [float(x) for x in config['latents']['mean']],
+    'latents_std': [float(x) for x in config['latents']['std']],
+    'norm_groups': list(config['denoiser']['unet'].get('norm_groups', (32, 4))),
+    'provenance': config['provenance'],
+  }
+
+
+def _check(config: Mapping):
+  """Raises `UserError` for what diffusers has no network for."""
+  unet = config['denoiser']['unet']
+  if unet.get('attention_blocks'):
+    raise UserError(
+      'diffusers has no U-Net with attention blocks and transformers side by side '
+      '(denoiser.unet.attention_blocks): this model cannot be exported to it.'
+    )
+  if tuple(unet.get('norm_groups', (32, 4))) != tuple(
+    config['autoencoder'].get('norm_groups', (32, 4))
+  ):
+    narrow = min(unet['channels'], config['autoencoder']['channels'])
+    if narrow < 128:  # from there on both mean the same
+      raise UserError(
+        'norm_groups of autoencoder and U-Net differ, which the pipeline cannot tell.'
+      )
+
+
+def _write(new: pathlib.Path, prefix: str, config: dict, entries, flat: Mapping) -> dict:
+  """One network: config and weights; {path: SHA-256}."""
+  tensors = {}
+  for entry in entries:
+    value = np.asarray(flat[entry.ours])
+    tensors |= dict(zip(entry.theirs, tensor_layout.to_theirs(entry, value), strict=True))
+  _json(new / f'{prefix}config.json', {**config, '_diffusers_version': _VERSION})
+  path = new / f'{prefix}{_FILE}'
+  safetensors.numpy.save_file(tensors, path, metadata={'format': 'pt'})
+  path.chmod(0o644)
+  return {f'{prefix}{_FILE}': weights.sha256(path)}
+
+
+def _json(path: pathlib.Path, content: dict):
+  path.write_text(json.dumps(content, indent=2) + '\n')
+
+
+def _copy(name: str, folder: pathlib.Path):
+  (folder / name).write_text((_CODE / name).read_text())

@@ -1,0 +1,486 @@
+"""Weights from elsewhere as a model of ours: CompVis' checkpoints, and folders of diffusers."""
+
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Iterable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+import p2ldm
+from p2ldm.data.labels import CELEBAMASK_HQ, LabelSchema
+from p2ldm.errors import UserError
+from p2ldm.interop import compvis, condition_encoder, diffusers, tensor_layout, weights
+from p2ldm.interop.model_directory import ModelParts
+from p2ldm.interop.tensor_files import TensorFile
+from p2ldm.models.denoiser import Denoiser
+
+# In CompVis' checkpoints, and no part of what is imported: losses, text encoders, tables of the schedule.
+_ASIDE = re.compile(r'((first_stage_model\.)?loss|cond_stage_model|model_ema|[a-z_]*)(\.|$)')
+_TABLES = re.compile(r'[a-z_0-9]+$')
+_WEIGHTS = ('diffusion_pytorch_model.safetensors', 'diffusion_pytorch_model.safetensors.index.json',
+            'diffusion_pytorch_model.bin')  # fmt: skip
+_KL_SCALE = 0.18215  # of CompVis' and diffusers' KL autoencoders where nothing else is said
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """What a checkpoint does not say by itself.
+
+  Attributes:
+    image_size: pixels square, for the model that results.
+    ema: of a U-Net of CompVis', its moving average where there is one.
+    ignore: regular expression of tensors that may be left over or missing; '' none.
+    head_channels: of the attention heads of a U-Net of CompVis'.
+    num_heads: of them on every level; 0: as many as head_channels makes.
+    scale: of the latents; 0: what the source says, else 1 for VQ and 0.18215 for KL.
+    schema: labels of the conditions.
+  """
+
+  image_size: int = 256
+  ema: bool = True
+  ignore: str = ''
+  head_channels: int = 32
+  num_heads: int = 0
+  scale: float = 0.0
+  schema: LabelSchema = CELEBAMASK_HQ
+
+
+class Report:
+  """What became of every tensor.
+
+  Attributes:
+    rows: [{'tensor', 'shape', 'dtype', 'became', 'file'}]; 'became' is the name of ours, or 'left out',
+      'missing'.
+    digests: {file: SHA-256}.
+    notes: what a person should know, sentences.
+  """
+
+  def __init__(self):
+    self.rows, self.digests, self.notes = [], {}, []
+
+  def to_dict(self) -> dict:
+    """As JSON can hold it."""
+    return {'files': self.digests, 'notes': self.notes, 'tensors': self.rows}
+
+  def text(self) -> str:
+    """A few lines for people."""
+    count = {'read': 0, 'left out': 0, 'missing': 0}
+    aside = {}
+    for row in self.rows:
+      kind = row['became'] if row['became'] in count else 'read'
+      count[kind] += 1
+      if kind == 'left out':
+        group = (
+          row['tensor'].partition('.')[0] if '.' in row['tensor'] else 'tables of the schedule'
+        )
+        aside[group] = aside.get(group, 0) + 1
+    groups = ', '.join(f'{name} {number}' for name, number in sorted(aside.items()))
+    lines = [
+      f'{count["read"]} tensors read and renamed, {count["left out"]} left out'
+      + (f' ({groups})' if groups else '')
+      + f', {count["missing"]} missing.'
+    ]
+    return '\n'.join([*lines, *self.notes])
+
+
+def from_compvis(path, options: Options) -> tuple[ModelParts, Report]:
+  """An autoencoder, or a latent diffusion model, from a checkpoint of CompVis/latent-diffusion.
+
+  Args:
+    path: `model.ckpt`, or the same tensors as safetensors.
+    options: what the file does not say.
+
+  Returns:
+    The model and what became of every tensor. The denoiser is None for an autoencoder; one whose U-Net takes
+    a context has a condition encoder that is not trained yet.
+
+  Raises:
+    UserError: the file cannot be read, holds another network, or more or less than it.
+  """
+  file, report = TensorFile(path), Report()
+  reader = _Reader(file, options, report)
+  prefix = compvis.FIRST_STAGE if any(n.startswith(compvis.FIRST_STAGE) for n in file) else ''
+  has_unet = any(name.startswith(compvis.UNET) for name in file)
+  fields = compvis.autoencoder_fields(_below(file.shapes, prefix), file.path)
+  shapes = weights.autoencoder_shapes(fields, str(file.path))
+  autoencoder = reader.read(
+    compvis.autoencoder_entries(shapes), shapes, prefix, _autoencoder_name(fields)
+  )
+  config = _config(options, fields, _scale(file, fields, options), file)
+  denoiser = None
+  if has_unet:
+    unet = compvis.unet_fields(_below(file.shapes, compvis.UNET), file.path)
+    unet |= {'head_channels': options.head_channels, 'num_heads': options.num_heads}
+    heads = (
+      f'{options.num_heads} heads' if options.num_heads else f'{options.head_channels} channels'
+    )
+    report.notes.append(
+      f'Attention heads: {heads} (--num_heads, --head_channels; no tensor shows them).'
+    )
+    config['diffusion'] = _diffusion_of_compvis(file)
+    denoiser_fields, shapes = _denoiser(unet, fields, options, str(file.path))
+    ema = options.ema and any(name.startswith(compvis.EMA) for name in file)
+    entries = compvis.unet_entries(_backbone(shapes), ema)
+    prefix = compvis.EMA if ema else compvis.UNET
+    backbone = reader.read(
+      entries, _backbone(shapes), prefix, 'a U-Net of CompVis/latent-diffusion'
+    )
+    denoiser = _with_conditions(denoiser_fields, options, backbone, report)
+    config |= {'denoiser': denoiser_fields, 'schema': options.schema.to_dict()}
+  reader.finish(_is_aside)
+  return ModelParts(config, autoencoder, denoiser), report
+
+
+def from_diffusers(folder, options: Options) -> tuple[ModelParts, Report]:
+  """An autoencoder (VQModel, AutoencoderKL), or a whole pipeline, from a folder of diffusers.
+
+  Args:
+    folder: of the autoencoder (config.json beside its weights), or of a pipeline (model_index.json) with
+      `vqvae` or `vae`, `unet` and `scheduler`; `condition_encoder` where p2ldm exported it.
+    options: what the folder does not say.
+
+  Returns:
+    As `from_compvis`.
+
+  Raises:
+    UserError: as `from_compvis`; a file is missing.
+  """
+  folder, report = pathlib.Path(folder), Report()
+  if not folder.is_dir():
+    raise UserError(
+      f'{folder} is no folder; a model of diffusers is one, with a config.json in it.'
+    )
+  index = {}
+  if (folder / 'model_index.json').is_file():
+    index = _json(folder / 'model_index.json')
+  elif not (folder / 'config.json').is_file():
+    raise UserError(
+      f'{folder} has neither a config.json (a VQModel or AutoencoderKL) nor a model_index.json (a pipeline): '
+      'it is no model of diffusers.'
+    )
+  inner = next((folder / n for n in ('vqvae', 'vae') if (folder / n).is_dir()), folder)
+  config = _json(inner / 'config.json')
+  fields = diffusers.autoencoder_fields(config, inner / 'config.json')
+  fields['norm_groups'] = index.get('norm_groups', fields['norm_groups'])
+  reader = _Reader(_weights(inner), options, report, diffusers.modern_name)
+  shapes = weights.autoencoder_shapes(fields, str(inner / 'config.json'))
+  entries = diffusers.autoencoder_entries(shapes, len(fields['channel_multipliers']))
+  autoencoder = reader.read(entries, shapes, '', _autoencoder_name(fields))
+  reader.finish()
+  scale = options.scale or (_KL_SCALE if fields['regularizer'] == 'kl' else 1.0)
+  if 'scaling_factor' in config and not options.scale and fields['regularizer'] == 'kl':
+    scale = config['scaling_factor']
+  found = _config(options, fields, scale, reader.file)
+  denoiser = None
+  if index:
+    if not (folder / 'unet').is_dir():
+      raise UserError(f'{folder} has no unet/: give the folder {inner} for its autoencoder alone.')
+    found |= {name: index[name] for name in ('image_size', 'provenance') if name in index}
+    if 'latents_mean' in index:
+      found['latents'] = {'mean': index['latents_mean'], 'std': index['latents_std']}
+    schema = LabelSchema.from_dict(index['schema']) if 'schema' in index else options.schema
+    options = dataclasses.replace(options, schema=schema, image_size=found['image_size'])
+    denoiser_fields, denoiser = _denoiser_of_diffusers(folder, index, fields, options, report)
+    found |= {
+      'denoiser': denoiser_fields,
+      'schema': schema.to_dict(),
+      'diffusion': _diffusion_of_diffusers(folder / 'scheduler' / 'scheduler_config.json'),
+    }
+  return ModelParts(found, autoencoder, denoiser), report
+
+
+def _denoiser_of_diffusers(folder, index, fields, options, report):
+  """Fields and parameters of the denoiser in a pipeline's folder."""
+  source = folder / 'unet' / 'config.json'
+  unet = diffusers.unet_fields(_json(source), source)
+  unet['norm_groups'] = index.get('norm_groups', unet['norm_groups'])
+  ours = folder / 'condition_encoder'
+  if ours.is_dir():
+    denoiser_fields = condition_encoder.fields(_json(ours / 'config.json'), ours / 'config.json')
+    for name in ('use_context', 'context_width', 'in_channels', 'out_channels'):
+      unet.pop(name)
+    denoiser_fields['unet'] = unet
+    shapes = weights.denoiser_shapes(denoiser_fields, options.image_size, str(source))
+  else:
+    denoiser_fields, shapes = _denoiser(unet, fields, options, str(source))
+  reader = _Reader(_weights(folder / 'unet'), options, report)
+  backbone_shapes = _backbone(shapes)
+  entries = diffusers.unet_entries(
+    list(backbone_shapes), _unet_of(denoiser_fields), backbone_shapes
+  )
+  backbone = reader.read(entries, backbone_shapes, '', 'a U-Net of diffusers')
+  reader.finish()
+  if not ours.is_dir():
+    return denoiser_fields, _with_conditions(denoiser_fields, options, backbone, report)
+  rest = {name: shape for name, shape in shapes.items() if not name.startswith('backbone.')}
+  parts = {}
+  if rest:
+    reader = _Reader(_weights(ours), options, report)
+    parts = reader.read(condition_encoder.entries(rest), rest, '', "p2ldm's condition encoder")
+    reader.finish()
+  return denoiser_fields, {**parts, 'backbone': backbone}
+
+
+class _Reader:
+  """Reads networks out of one file, and keeps account of its tensors."""
+
+  def __init__(self, file: TensorFile, options: Options, report: Report, modern=lambda name: name):
+    self.file, self._options, self._report = file, options, report
+    self._names = {modern(name): name for name in file}
+    self._used = {}
+    report.digests |= file.digests
+
+  def __contains__(self, name: str) -> bool:
+    return name in self._names
+
+  def read(self, entries, shapes: Mapping, prefix: str, kind: str) -> dict:
+    """Nested parameters of one network; tensors that may be missing keep their initial values."""
+    entries = [e._replace(theirs=tuple(prefix + name for name in e.theirs)) for e in entries]
+    params, problems = tensor_layout.convert(_Renamed(self), entries, shapes, self._release)
+    for entry in entries:
+      for name in entry.theirs:
+        self._used[name] = entry.ours
+    allowed = [name for name in problems.missing if self._ignored(name)]
+    missing = [name for name in problems.missing if name not in allowed]
+    tensor_layout.check(problems._replace(missing=missing), self.file.path, kind)
+    for name in allowed:
+      self._report.rows.append(
+        {'tensor': name, 'shape': None, 'dtype': None, 'became': 'missing', 'file': None}
+      )
+    for entry in entries:
+      if entry.ours not in params:
+        params[entry.ours] = np.zeros(shapes[entry.ours], np.float32)
+        params[entry.ours] += entry.ours.endswith('scale')
+        self._report.notes.append(f'{entry.ours} was missing and starts at its initial value.')
+    return traverse_util.unflatten_dict(params, sep='.')
+
+  def finish(self, is_aside=lambda name: False):
+    """Says what became of each tensor; raises `UserError` if some are left over."""
+    left = []
+    for name, original in self._names.items():
+      became = self._used.get(name, 'left out')
+      if name not in self._used and not is_aside(name) and not self._ignored(name):
+        left.append(name)
+      self._report.rows.append(
+        {
+          'tensor': original,
+          'shape': list(self.file.shapes[original]),
+          'dtype': self.file.dtypes[original],
+          'became': became,
+          'file': self.file.path.name,
+        }
+      )
+    tensor_layout.check(
+      tensor_layout.Missing([], left, []), self.file.path, 'the networks it was read as'
+    )
+
+  def _ignored(self, name: str) -> bool:
+    return bool(self._options.ignore and re.search(self._options.ignore, name))
+
+  def _release(self, name: str):
+    self.file.release(self._names[name])
+
+  def get(self, name: str) -> np.ndarray:
+    """A tensor by its modern name."""
+    return self.file[self._names[name]]
+
+
+class _Renamed(Mapping):
+  """The tensors of a reader by their modern names."""
+
+  def __init__(self, reader: _Reader):
+    self._reader = reader
+
+  def __getitem__(self, name):
+    return self._reader.get(name)
+
+  def __contains__(self, name):
+    return name in self._reader
+
+  def __iter__(self):
+    raise NotImplementedError
+
+  def __len__(self):
+    raise NotImplementedError
+
+
+def _is_aside(name: str) -> bool:
+  """Whether a tensor of CompVis' is none of the networks that are imported."""
+  return bool(
+    re.match(r'(first_stage_model\.)?loss\.|cond_stage_model\.|model_ema\.', name)
+    or name.startswith('model.diffusion_model.')  # where the moving average was read
+    or _TABLES.match(name)
+  )
+
+
+def _below(shapes: Mapping, prefix: str) -> dict:
+  return {n.removeprefix(prefix): shape for n, shape in shapes.items() if n.startswith(prefix)}
+
+
+def _backbone(shapes: Mapping) -> dict:
+  return _below(shapes, 'backbone.')
+
+
+def _autoencoder_name(fields: Mapping) -> str:
+  factor = 2 ** (len(fields['channel_multipliers']) - 1)
+  return f'a {fields["regularizer"].upper()} autoencoder of factor {factor}'
+
+
+def _config(options: Options, fields: Mapping, scale: float, file: TensorFile) -> dict:
+  """config.json of the model, so far as the autoencoder decides it."""
+  channels = fields['latent_channels']
+  return {
+    'image_size': options.image_size,
+    'autoencoder': fields,
+    'latents': {'mean': [0.0] * channels, 'std': [1 / scale] * channels},
+    'denoiser': None,
+    'diffusion': None,
+    'schema': None,
+    'provenance': {
+      'imported_from': file.path.name,
+      'sha256_of_the_source': dict(file.digests),
+      'code_version': p2ldm.__version__,
+    },
+  }
+
+
+def _scale(file: TensorFile, fields: Mapping, options: Options) -> float:
+  """What latents are multiplied by before diffusion, in CompVis' checkpoint."""
+  if options.scale:
+    return options.scale
+  if 'scale_factor' in file:
+    return float(file['scale_factor'])
+  return _KL_SCALE if fields['regularizer'] == 'kl' else 1.0
+
+
+def _diffusion_of_compvis(file: TensorFile) -> dict:
+  """The schedule of a latent diffusion model, from its table of betas where it has one."""
+  betas = file['betas'] if 'betas' in file else None
+  if betas is None:
+    return {
+      'num_timesteps': 1000,
+      'beta_start': 0.0015,
+      'beta_end': 0.0195,
+      'prediction': 'epsilon',
+    }
+  found = np.linspace(betas[0] ** 0.5, betas[-1] ** 0.5, len(betas)) ** 2
+  if not np.allclose(found, betas, rtol=1e-3):
+    raise UserError(
+      f'{file.path}: its betas are not linear in their roots, the one schedule p2ldm has.'
+    )
+  return {
+    'num_timesteps': len(betas),
+    'beta_start': round(float(betas[0]), 7),
+    'beta_end': round(float(betas[-1]), 7),
+    'prediction': 'epsilon',
+  }
+
+
+def _diffusion_of_diffusers(path: pathlib.Path) -> dict:
+  config = _json(path)
+  predictions = {'epsilon': 'epsilon', 'v_prediction': 'v'}
+  try:
+    if config['beta_schedule'] != 'scaled_linear':
+      raise UserError(f'{path}: beta_schedule is {config["beta_schedule"]!r}, not "scaled_linear".')
+    if config.get('prediction_type', 'epsilon') not in predictions:
+      raise UserError(
+        f'{path}: prediction_type is {config["prediction_type"]!r}, which p2ldm has not.'
+      )
+    return {
+      'num_timesteps': config['num_train_timesteps'],
+      'beta_start': config['beta_start'],
+      'beta_end': config['beta_end'],
+      'prediction': predictions[config.get('prediction_type', 'epsilon')],
+    }
+  except KeyError as error:
+    raise UserError(f'{path} lacks {error.args[0]}.') from error
+
+
+def _denoiser(unet: dict, autoencoder: Mapping, options: Options, source: str):
+  """Fields of the denoiser around a U-Net from elsewhere, and {name: shape} of its tensors."""
+  unet = dict(unet)
+  use_context, width = unet.pop('use_context'), unet.pop('context_width')
+  extra = unet.pop('in_channels') - autoencoder['latent_channels']
+  if unet.pop('out_channels') != autoencoder['latent_channels'] or extra < 0:
+    raise UserError(f'{source}: U-Net and autoencoder have another number of latent channels.')
+  mask = 'concatenation' if extra else 'cross_attention' if use_context else 'none'
+  fields = {
+    'attributes': 'cross_attention' if use_context else 'none',
+    'mask': mask,
+    'condition_encoder': {
+      'width': width or 512,
+      'mask_channels': extra or 64,
+      'mask_patch': min(16, options.image_size // 8),
+      'num_layers': 4,
+      'head_channels': next(n for n in (64, 32, 16, 8, 4, 2, 1) if (width or 512) % n == 0),
+    },
+    'unet': unet,
+    'num_attributes': options.schema.num_attributes,
+    'num_classes': options.schema.num_classes,
+    'latent_channels': autoencoder['latent_channels'],
+    'latent_factor': 2 ** (len(autoencoder['channel_multipliers']) - 1),
+  }
+  return fields, weights.denoiser_shapes(fields, options.image_size, source)
+
+
+def _unet_of(denoiser: Mapping) -> dict:
+  """Fields of the U-Net, `use_context` included."""
+  context = 'cross_attention' in (denoiser['attributes'], denoiser['mask'])
+  return {**denoiser['unet'], 'use_context': context}
+
+
+def _with_conditions(fields: Mapping, options: Options, backbone: dict, report: Report) -> dict:
+  """Parameters of the denoiser: the U-Net's, and fresh ones of what reads the conditions."""
+  module = weights.make_module(Denoiser, fields)
+  side = options.image_size // fields['latent_factor']
+
+  @jax.jit
+  def init(key):
+    params = module.init(
+      key,
+      jnp.zeros((1, side, side, fields['latent_channels'])),
+      jnp.zeros(1, jnp.int32),
+      jnp.zeros((1, fields['num_attributes']), jnp.int8),
+      jnp.zeros((1, options.image_size, options.image_size), jnp.uint8),
+    )['params']
+    return {name: value for name, value in params.items() if name != 'backbone'}
+
+  rest = jax.device_get(init(jax.random.key(0)))
+  if rest:
+    report.notes.append(
+      'The U-Net takes conditions, and what reads them here (attributes and mask) is not trained yet: go on '
+      'with --config.denoiser.pretrained=DEST.'
+    )
+  return {**rest, 'backbone': backbone}
+
+
+def _weights(folder: pathlib.Path) -> TensorFile:
+  """The weights in a folder of diffusers."""
+  for name in _WEIGHTS:
+    if (folder / name).is_file():
+      return TensorFile(folder / name)
+  raise UserError(f'{folder} has no weights: none of {", ".join(_WEIGHTS)} is there.')
+
+
+def _json(path: pathlib.Path) -> dict:
+  try:
+    content = json.loads(path.read_text())
+  except FileNotFoundError as error:
+    raise UserError(f'{path} is missing: the folder is not a whole model of diffusers.') from error
+  except (OSError, ValueError) as error:
+    raise UserError(
+      f'{path} cannot be read as JSON ({error}). Copy or download it again.'
+    ) from error
+  if not isinstance(content, dict):
+    raise UserError(f'{path} is no config of diffusers: it holds a {type(content).__name__}.')
+  return content
+
+
+def names_of(entries: Iterable) -> set[str]:
+  """All names of theirs in a list of entries."""
+  return {name for entry in entries for name in entry.theirs}
