@@ -164,6 +164,10 @@ def get_config() -> ConfigDict:
         'chunk_size': 1_024,  # records in a chunk, which is made by one process and kept when it is done
       },
       'denoiser': {
+        # A model directory or a workdir whose denoiser training starts from (as far as shapes allow; what is
+        # new starts without effect), with its statistics of the latents; '' starts from nothing. Needs the
+        # same autoencoder: set autoencoder.pretrained to the same.
+        'pretrained': '',
         # How each condition gets in. attributes: 'cross_attention', 'timestep' or 'none';
         # mask: 'cross_attention', 'concatenation' or 'none'.
         'attributes': 'cross_attention',
@@ -181,6 +185,10 @@ def get_config() -> ConfigDict:
           'num_res_blocks': 2,
           'attention_factors': (2, 4, 8),  # attention where the latent is downsampled by these
           'head_channels': 32,
+          'num_heads': 0,  # of every attention; 0: as many as head_channels makes
+          # A plain attention block before each transformer: what an unconditional model has in its place, so
+          # that training can start from one (denoiser.pretrained).
+          'attention_blocks': False,
           'transformer_depth': 1,
           'dropout': 0.0,
         },

@@ -4,6 +4,7 @@ On disk (see `latent_chunks`) latents are raw; batches carry them whitened, (raw
 with the statistics of the training split's faces and mirror images.
 """
 
+import copy
 import dataclasses
 import itertools
 import pathlib
@@ -199,6 +200,14 @@ class LatentCache:
       if meta['splits'][name]
     }
     return cls(statistics, schema, splits, meta)
+
+  def whitened_by(self, statistics: LatentStatistics) -> 'LatentCache':
+    """The same latents, whitened by other statistics than their own."""
+    splits = {name: copy.copy(split) for name, split in self.splits.items()}
+    for split in splits.values():
+      split.statistics = statistics
+    found = {'mean': statistics.mean.tolist(), 'std': statistics.std.tolist()}
+    return LatentCache(statistics, self.schema, splits, {**self.meta, **found})
 
 
 def chunk_names(meta: dict) -> dict[str, list[str]]:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from p2ldm.errors import UserError
 from p2ldm.interop.tensor_layout import Entry, rename
 
-FIRST_STAGE, UNET, EMA = 'first_stage_model.', 'model.diffusion_model.', 'model_ema.'
+FIRST_STAGE, UNET, EMA = 'first_stage_model.', 'model.diffusion_model.', 'model_ema.diffusion_model'
 ORIGINAL_GROUPS = (32, 1)  # of CompVis' norms: 32 whatever the channels
 
 _LEAVES = (

@@ -40,7 +40,8 @@ pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, tru
 pipeline({example}num_images=4).images[0].save('face.png')
 ```
 
-`trust_remote_code` runs `pipeline.py` and `condition_encoder/condition_encoder.py` of this folder: read them first.
+`trust_remote_code` runs `pipeline.py` and `condition_encoder/condition_encoder.py` of this folder: read
+them first.
 """
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,7 @@ from p2ldm.interop.model_directory import ModelParts
 from p2ldm.interop.tensor_files import TensorFile
 from p2ldm.models.denoiser import Denoiser
 
-# In CompVis' checkpoints, and no part of what is imported: losses, text encoders, tables of the schedule.
-_ASIDE = re.compile(r'((first_stage_model\.)?loss|cond_stage_model|model_ema|[a-z_]*)(\.|$)')
-_TABLES = re.compile(r'[a-z_0-9]+$')
+_TABLES = re.compile(r'[a-z_0-9]+$')  # of the schedule, in CompVis' checkpoints
 _WEIGHTS = ('diffusion_pytorch_model.safetensors', 'diffusion_pytorch_model.safetensors.index.json',
             'diffusion_pytorch_model.bin')  # fmt: skip
 _KL_SCALE = 0.18215  # of CompVis' and diffusers' KL autoencoders where nothing else is said
@@ -360,14 +358,14 @@ def _scale(file: TensorFile, fields: Mapping, options: Options) -> float:
 
 def _diffusion_of_compvis(file: TensorFile) -> dict:
   """The schedule of a latent diffusion model, from its table of betas where it has one."""
-  betas = file['betas'] if 'betas' in file else None
-  if betas is None:
+  if 'betas' not in file:
     return {
       'num_timesteps': 1000,
       'beta_start': 0.0015,
       'beta_end': 0.0195,
       'prediction': 'epsilon',
     }
+  betas = file['betas']
   found = np.linspace(betas[0] ** 0.5, betas[-1] ** 0.5, len(betas)) ** 2
   if not np.allclose(found, betas, rtol=1e-3):
     raise UserError(
@@ -479,8 +477,3 @@ def _json(path: pathlib.Path) -> dict:
   if not isinstance(content, dict):
     raise UserError(f'{path} is no config of diffusers: it holds a {type(content).__name__}.')
   return content
-
-
-def names_of(entries: Iterable) -> set[str]:
-  """All names of theirs in a list of entries."""
-  return {name for entry in entries for name in entry.theirs}

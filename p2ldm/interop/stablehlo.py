@@ -1,4 +1,4 @@
-"""The sampler of a model as one StableHLO program (`jax.export`), for machines that have JAX and nothing else.
+"""The sampler of a model as one StableHLO program (`jax.export`), for machines that have JAX alone.
 
   DEST/
     sampler.stablehlo    the program: conditions and a seed to images, compiled on the machine that runs it

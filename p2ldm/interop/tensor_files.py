@@ -121,6 +121,19 @@ def _shards(index: pathlib.Path) -> list[pathlib.Path]:
   return files
 
 
+def _stubs(path: pathlib.Path) -> list[tuple[type, str]]:
+  """Empty classes in the place of harmless ones that a PyTorch file names."""
+  from torch.serialization import get_unsafe_globals_in_checkpoint
+
+  try:
+    names = get_unsafe_globals_in_checkpoint(path)
+  except ValueError:  # of the format before PyTorch 1.6
+    names = []
+  return [
+    (type(name.rpartition('.')[2], (), {}), name) for name in names if name.startswith(_HARMLESS)
+  ]
+
+
 def _read_torch(path: pathlib.Path) -> dict:
   """The state dict of a PyTorch file: tensors by name."""
   try:
@@ -131,12 +144,7 @@ def _read_torch(path: pathlib.Path) -> dict:
       'do), or give a .safetensors file.'
     ) from error
   try:
-    stubs = [
-      (type(name.rpartition('.')[2], (), {}), name)
-      for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)
-      if name.startswith(_HARMLESS)
-    ]
-    with torch.serialization.safe_globals(stubs):
+    with torch.serialization.safe_globals(_stubs(path)):
       content = torch.load(path, map_location='cpu', weights_only=True)
   except Exception as error:  # of many kinds; what they advise is to trust the pickle
     refused = 'Unsupported' in str(error) or 'WeightsUnpickler' in str(error)

@@ -29,7 +29,14 @@ VALIDATION_SEED = 1  # the noise of the validation losses is the same at every e
 
 
 def make_task(
-  config, denoiser: Denoiser, schedule: Schedule, cache: LatentCache, mesh, draw, probe=None
+  config,
+  denoiser: Denoiser,
+  schedule: Schedule,
+  cache: LatentCache,
+  mesh,
+  draw,
+  probe=None,
+  start=None,
 ) -> Task:
   """The diffusion task of a config.
 
@@ -41,6 +48,7 @@ def make_task(
     mesh: the device mesh, for the evaluation's batches.
     draw: state -> {name: picture}.
     probe: state -> {name: number}, or None.
+    start: the denoiser's parameters -> those to train from, or None for random ones.
   """
   training, train = config.diffusion.training, cache.splits['train']
   weights = loss_weights(schedule, config.diffusion)
@@ -91,6 +99,7 @@ def make_task(
     draw=draw,
     probe=probe,
     probe_every=config.probe.every,
+    start=(lambda params: {'denoiser': start(params['denoiser'])}) if start else None,
   )
 
 

@@ -11,6 +11,7 @@ import functools
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from clu import parameter_overview
 from tqdm import tqdm
@@ -56,6 +57,10 @@ def train(task: Task, workdir, mesh: jax.sharding.Mesh, seed: int, export=None) 
     state = checkpoints.restore(shapes, shardings)
     if state is None:
       state = jax.jit(create, out_shardings=shardings)(init_key)
+      if task.start:
+        params = task.start(state.params)
+        averages = {name: params[name] for name in task.averaged}
+        state = state.replace(params=params, ema_params=jax.tree.map(jnp.copy, averages))
     if int(state.step) >= task.training.num_steps and not owes(directory, int(state.step)):
       return state
     log_parameters(task, state)

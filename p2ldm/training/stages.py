@@ -24,7 +24,7 @@ from p2ldm.models.autoencoder import Autoencoder
 from p2ldm.models.denoiser import Denoiser
 from p2ldm.models.layers import resolve_dtype
 from p2ldm.pipeline import Pipeline
-from p2ldm.training import diffusion_task, loop, step
+from p2ldm.training import diffusion_task, loop, pretrained, step
 from p2ldm.training.evaluator_stages import check_labels, check_size, run_evaluator
 from p2ldm.training.latent_stage import run_latents
 from p2ldm.training.pictures import SampleGrid
@@ -98,15 +98,17 @@ def validate(config, mesh):
       f'sampling.sampler is {config.sampling.sampler!r}; choose from {", ".join(SAMPLERS)}.'
     )
   spaced_timesteps(schedule.num_timesteps, config.sampling.steps)
-  pretrained = config.autoencoder.pretrained
-  if pretrained:
-    model_directory.find(autoencoder_directory(pretrained))
+  path = config.autoencoder.pretrained
+  if path:
+    model_directory.find(autoencoder_directory(path))
+  if config.denoiser.pretrained:
+    model_directory.find(config.denoiser.pretrained)
   spaced_timesteps(schedule.num_timesteps, config.probe.steps)
-  pretrained = config.evaluators.pretrained
-  if pretrained and not any(evaluator_directory.exists(pretrained, kind) for kind in EVALUATORS):
-    evaluator_directory.find(pretrained, 'parser')  # says what is missing
+  path = config.evaluators.pretrained
+  if path and not any(evaluator_directory.exists(path, kind) for kind in EVALUATORS):
+    evaluator_directory.find(path, 'parser')  # says what is missing
   for kind in EVALUATORS:
-    if kind in config.stages and not pretrained:
+    if kind in config.stages and not path:
       check_size(kind, config)
 
 
@@ -144,11 +146,11 @@ def open_data(config):
 
 def run_evaluators(config, workdir, mesh) -> dict[str, Evaluator]:
   """Loads or trains the parser and the classifier that the stages or the probe ask for, by kind."""
-  pretrained = config.evaluators.pretrained
+  path = config.evaluators.pretrained
   kinds = [kind for kind in EVALUATORS if kind in config.stages]
-  if pretrained and config.probe.every:
-    kinds = [kind for kind in EVALUATORS if evaluator_directory.exists(pretrained, kind)]
-  elif not pretrained:
+  if path and config.probe.every:
+    kinds = [kind for kind in EVALUATORS if evaluator_directory.exists(path, kind)]
+  elif not path:
     for kind in kinds:  # said of all before the first of them is trained
       check_labels(kind, config, workdir, functools.partial(open_data, config))
   return {
@@ -214,8 +216,12 @@ def run_diffusion(config, workdir, mesh, trained, cache, evaluators):
     return
   fields = denoiser_fields(config, cache)
   denoiser = Denoiser(**fields, remat=training.remat, dtype=resolve_dtype(config.compute_dtype))
-  schedule = noise_schedule(config)
+  schedule, start = noise_schedule(config), None
   check_origin(workdir / 'diffusion', cache.meta['origin'])
+  known = pretrained.load(config, trained.autoencoder)
+  if known:
+    cache, source = pretrained.whiten(cache, known), config.denoiser.pretrained
+    start = functools.partial(pretrained.start, pretrained=known.denoiser, source=source)
 
   def parts(params, step):
     return model_parts(config, trained, cache, fields, params, step)
@@ -227,7 +233,7 @@ def run_diffusion(config, workdir, mesh, trained, cache, evaluators):
   pipeline = Pipeline(parts({}, 0), config.compute_dtype)
   draw = SampleGrid(config, cache, pipeline)
   probe = Probe(config, cache, pipeline, evaluators) if evaluators else None
-  task = diffusion_task.make_task(config, denoiser, schedule, cache, mesh, draw, probe)
+  task = diffusion_task.make_task(config, denoiser, schedule, cache, mesh, draw, probe, start)
   state = loop.train(task, workdir, mesh, config.seed, export)
   state = state.replace(ema_params=sharding.gather(state.ema_params))
   if processes.is_main():

@@ -36,6 +36,8 @@ class Task:
     draw: state -> {name: (H, W, 3) uint8 picture}; process 0 calls it.
     probe: state -> {name: number}, a costlier evaluation with a rhythm of its own, or None; likewise.
     probe_every: steps between two of them; 0 is never.
+    start: {network name: parameters} as init drew them, on their devices -> what to train from instead, or
+      None; of a run that has no checkpoint.
   """
 
   name: str
@@ -52,6 +54,7 @@ class Task:
   draw: Callable[[TrainState], dict[str, np.ndarray]]
   probe: Callable[[TrainState], dict[str, float]] | None = None
   probe_every: int = 0
+  start: Callable[[dict], dict] | None = None
 
 
 def names_in_batch(

@@ -35,6 +35,12 @@ _FREE = (
   'evaluation',
 )
 _claimed = {}  # the lock files this process holds, by workdir
+# Keys that earlier versions had not, and what they amount to.
+_ADDED = {
+  'denoiser.pretrained': '',
+  'denoiser.unet.num_heads': 0,
+  'denoiser.unet.attention_blocks': False,
+}
 _FREE_WHOLE = ('evaluators',)  # sections that a run may have been begun without
 _FREE_TRAINING = ('num_steps', 'learning_rate', 'warmup_steps', 'final_learning_rate', 'log_every',
                   'evaluate_every', 'sample_every', 'checkpoint_every', 'keep_checkpoints',
@@ -142,11 +148,12 @@ def claim(workdir):
 def differences(old: dict, new: dict, prefix: str = ''):
   """Yields (dotted key, old value, new value) wherever two nested dicts differ."""
   for name in sorted(old.keys() | new.keys()):
-    a, b = old.get(name), new.get(name)
+    key = f'{prefix}{name}'
+    a, b = (values.get(name, _ADDED.get(key)) for values in (old, new))
     if isinstance(a, dict) and isinstance(b, dict):
-      yield from differences(a, b, f'{prefix}{name}.')
+      yield from differences(a, b, f'{key}.')
     elif a != b:
-      yield f'{prefix}{name}', a, b
+      yield key, a, b
 
 
 def is_free(key: str) -> bool:
