@@ -25,6 +25,7 @@ from p2ldm.errors import UserError
 from p2ldm.interop import condition_encoder, diffusers, tensor_layout, weights
 from p2ldm.interop.model_card import model_card
 from p2ldm.interop.model_directory import ModelParts
+from p2ldm.models.layers import NORM_GROUPS, num_groups
 
 _CODE = pathlib.Path(__file__).parent / 'torch_modules'
 _FILE = 'diffusion_pytorch_model.safetensors'
@@ -68,6 +69,7 @@ def export(parts: ModelParts, dest, progress: Callable = lambda items, **_: item
   scale = 1 / float(np.mean(latents['std']))
   autoencoder = _autoencoder(parts, scale)
   if parts.denoiser is None:
+    _check_alone(fields, autoencoder[0])
     with storage.new_directory(dest, last='config.json') as new:
       return _write(new, '', *autoencoder)
   _check(config)
@@ -147,7 +149,7 @@ def _condition_encoder(parts: ModelParts):
 
 def _groups(fields: Mapping, widths: list[int]) -> int:
   """A number of groups that diffusers can build the network with; the pipeline puts it right."""
-  return functools.reduce(math.gcd, widths, fields.get('norm_groups', (32, 4))[0])
+  return functools.reduce(math.gcd, widths, fields.get('norm_groups', NORM_GROUPS)[0])
 
 
 def _index(config: Mapping, networks: Mapping) -> dict:
@@ -166,7 +168,7 @@ def _index(config: Mapping, networks: Mapping) -> dict:
     'image_size': config['image_size'],
     'latents_mean': [float(x) for x in config['latents']['mean']],
     'latents_std': [float(x) for x in config['latents']['std']],
-    'norm_groups': list(config['denoiser']['unet'].get('norm_groups', (32, 4))),
+    'norm_groups': list(config['denoiser']['unet'].get('norm_groups', NORM_GROUPS)),
     'provenance': config['provenance'],
   }
 
@@ -179,14 +181,26 @@ def _check(config: Mapping):
       'diffusers has no U-Net with attention blocks and transformers side by side '
       '(denoiser.unet.attention_blocks): this model cannot be exported to it.'
     )
-  if tuple(unet.get('norm_groups', (32, 4))) != tuple(
-    config['autoencoder'].get('norm_groups', (32, 4))
+  if tuple(unet.get('norm_groups', NORM_GROUPS)) != tuple(
+    config['autoencoder'].get('norm_groups', NORM_GROUPS)
   ):
     narrow = min(unet['channels'], config['autoencoder']['channels'])
     if narrow < 128:  # from there on both mean the same
       raise UserError(
         'norm_groups of autoencoder and U-Net differ, which the pipeline cannot tell.'
       )
+
+
+def _check_alone(fields: Mapping, config: Mapping):
+  """Raises `UserError` where the norms of an autoencoder differ from what diffusers builds."""
+  groups = fields.get('norm_groups', NORM_GROUPS)
+  widths = config['block_out_channels']
+  if any(num_groups(width, groups) != config['norm_num_groups'] for width in widths):
+    found = ', '.join(str(num_groups(width, groups)) for width in widths)
+    raise UserError(
+      f'The norms of this autoencoder have {found} groups from level to level, and diffusers has one number '
+      'for all. With a denoiser, the exported pipeline puts that right; alone, it cannot be exported.'
+    )
 
 
 def _write(new: pathlib.Path, prefix: str, config: dict, entries, flat: Mapping) -> dict:
