@@ -109,7 +109,7 @@ def measure_latents(parts, data, num_images: int) -> dict:
   encode = jax.jit(lambda params, image: model.apply({'params': params}, image, method='encode'))
   count = min(num_images, dataset.num_examples('train'))
   latents = []
-  batches = ordered_batches(dataset, 'train', 8, examples=range(count))
+  batches = ordered_batches(dataset, 'train', 8, examples=np.arange(count))
   with tqdm(batches, desc='measuring latents', total=-(-count // 8), unit='batch') as bar:
     for batch in bar:
       latents.append(np.asarray(encode(parts.autoencoder, batch['image'])))
