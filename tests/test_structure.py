@@ -14,8 +14,9 @@ MODULES = sorted(ROOT.rglob('*.py'))
 ORDER = ('interruptions', 'errors', 'storage', 'processes', 'sharding', 'data', 'models', 'diffusion',
          'interop', 'pictures', 'conditions', 'pipeline', 'evaluation', 'reports', 'training',
          'commands')  # fmt: skip
-COMMANDS = ('main', 'prepare', 'sample', 'evaluate', 'ablate', 'robustness')
+COMMANDS = ('main', 'prepare', 'sample', 'evaluate', 'ablate', 'robustness', 'convert')
 TFDS = 'data/prepared.py'  # reads records with NumPy
+TORCH = ('interop/tensor_files.py', 'interop/inception_weights.py')  # both inside of a function
 TENSORFLOW = ('data/input_pipeline.py', 'data/celebamask_hq.py')
 
 
@@ -57,6 +58,15 @@ def test_only_the_input_pipeline_imports_tensorflow(path):
   if str(path.relative_to(ROOT)) not in TENSORFLOW:
     assert 'tensorflow' not in names
     assert 'tensorflow_datasets' not in names or str(path.relative_to(ROOT)) == TFDS
+
+
+@pytest.mark.parametrize('path', MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_torch_is_imported_by_the_code_that_exports_bring_along_and_to_read_checkpoints(path):
+  names = {name.split('.')[0] for name in imported(path)} & {'torch', 'diffusers', 'transformers'}
+  part = str(path.relative_to(ROOT))
+  if 'torch_modules' in part:
+    return
+  assert names <= ({'torch'} if part in TORCH else set())
 
 
 def trees(*folders: str):
