@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import pathlib
 import shutil
 
@@ -52,6 +53,34 @@ CONDITIONAL = {
 UNCONDITIONAL = {
   'down_block_types': ('DownBlock2D', 'AttnDownBlock2D'),
   'up_block_types': ('AttnUpBlock2D', 'UpBlock2D'),
+}
+
+paper_size = pytest.mark.skipif(
+  not os.environ.get('P2LDM_PAPER_SIZE'), reason='up to 434 M parameters; set P2LDM_PAPER_SIZE=1'
+)
+VQ_F4 = {
+  'block_out_channels': (128, 256, 512),
+  'layers_per_block': 2,
+  'norm_num_groups': 32,
+  'num_vq_embeddings': 8192,
+  'down_block_types': 3 * ('DownEncoderBlock2D',),
+  'up_block_types': 3 * ('UpDecoderBlock2D',),
+}
+KL_F8 = {
+  'block_out_channels': (128, 256, 512, 512),
+  'layers_per_block': 2,
+  'norm_num_groups': 32,
+  'latent_channels': 4,
+  'down_block_types': 4 * ('DownEncoderBlock2D',),
+  'up_block_types': 4 * ('UpDecoderBlock2D',),
+}
+PAPER_UNET = {
+  'block_out_channels': (224, 448, 672, 896),
+  'norm_num_groups': 32,
+  'down_block_types': ('DownBlock2D', *3 * ('CrossAttnDownBlock2D',)),
+  'up_block_types': (*3 * ('CrossAttnUpBlock2D',), 'UpBlock2D'),
+  'cross_attention_dim': 512,
+  'attention_head_dim': (7, 14, 21, 28),
 }
 
 
@@ -107,13 +136,15 @@ def close(ours, theirs):
     ('VQModel', {'num_vq_embeddings': 64}),
     ('VQModel', {'num_vq_embeddings': 64, **WITH_ATTENTION}),
     ('AutoencoderKL', {'latent_channels': 4, 'layers_per_block': 2}),
+    pytest.param('VQModel', VQ_F4, marks=paper_size),
+    pytest.param('AutoencoderKL', KL_F8, marks=paper_size),
   ],
 )
 def test_an_autoencoder_computes_what_diffusers_does(kind, changes):
   network = randomized(getattr(reference, kind)(**{**AUTOENCODER, **changes}))
   fields = diffusers.autoencoder_fields(config_of(network), kind)
-  shapes = weights.autoencoder_shapes(fields, kind)
-  variables = converted(network, diffusers.autoencoder_entries(shapes, 2), shapes)
+  shapes, levels = weights.autoencoder_shapes(fields, kind), len(fields['channel_multipliers'])
+  variables = converted(network, diffusers.autoencoder_entries(shapes, levels), shapes)
   same_shapes(network, diffusers.autoencoder_config(fields, 32, 1.0))
   image = np.random.default_rng(0).uniform(-1, 1, (2, 3, 32, 32)).astype(np.float32)
   with torch.no_grad():
@@ -132,6 +163,7 @@ def test_an_autoencoder_computes_what_diffusers_does(kind, changes):
     ('UNet2DConditionModel', {**CONDITIONAL, 'attention_head_dim': (2, 4)}),
     ('UNet2DConditionModel', {**CONDITIONAL, 'attention_head_dim': 4, 'layers_per_block': 1}),
     ('UNet2DModel', {**UNCONDITIONAL, 'attention_head_dim': 16}),
+    pytest.param('UNet2DConditionModel', PAPER_UNET, marks=paper_size),
   ],
 )
 def test_a_unet_computes_what_diffusers_does(kind, changes):
@@ -142,7 +174,7 @@ def test_a_unet_computes_what_diffusers_does(kind, changes):
   model = weights.make_module(UNet, fields)
   rng = np.random.default_rng(0)
   x = rng.normal(size=(2, 3, 16, 16)).astype(np.float32)
-  t, context = np.array([3, 900]), rng.normal(size=(2, 5, 24)).astype(np.float32)
+  t, context = np.array([3, 900]), rng.normal(size=(2, 5, width or 1)).astype(np.float32)
 
   def run(module):
     return module(nhwc(x), t, module.project_context(context) if width else None)

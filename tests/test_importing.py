@@ -136,7 +136,7 @@ def test_what_is_left_over_or_missing_is_an_error_unless_named(tmp_path):
   ):
     importing.from_compvis(path, OPTIONS)
   parts, report = importing.from_compvis(path, importing.Options(ignore='decoder.norm_out'))
-  assert 'starts at its initial value' in report.text()
+  assert 'Missing, and new: decoder.norm_out.norm.scale.' in report.text()
   np.testing.assert_array_equal(parts.autoencoder['decoder']['norm_out']['norm']['scale'], 1)
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from p2ldm.errors import UserError
 from p2ldm.interop import compvis, condition_encoder, diffusers, tensor_layout, weights
 from p2ldm.interop.model_directory import ModelParts
 from p2ldm.interop.tensor_files import TensorFile
+from p2ldm.models.autoencoder import Autoencoder
 from p2ldm.models.denoiser import Denoiser
 
 _TABLES = re.compile(r'[a-z_0-9]+$')  # of the schedule, in CompVis' checkpoints
@@ -106,8 +107,9 @@ def from_compvis(path, options: Options) -> tuple[ModelParts, Report]:
   has_unet = any(name.startswith(compvis.UNET) for name in file)
   fields = compvis.autoencoder_fields(_below(file.shapes, prefix), file.path)
   shapes = weights.autoencoder_shapes(fields, str(file.path))
+  entries = compvis.autoencoder_entries(shapes)
   autoencoder = reader.read(
-    compvis.autoencoder_entries(shapes), shapes, prefix, _autoencoder_name(fields)
+    entries, shapes, prefix, _autoencoder_name(fields), _initial_autoencoder(fields)
   )
   config = _config(options, fields, _scale(file, fields, options), file)
   denoiser = None
@@ -168,7 +170,9 @@ def from_diffusers(folder, options: Options) -> tuple[ModelParts, Report]:
   reader = _Reader(_weights(inner), options, report, diffusers.modern_name)
   shapes = weights.autoencoder_shapes(fields, str(inner / 'config.json'))
   entries = diffusers.autoencoder_entries(shapes, len(fields['channel_multipliers']))
-  autoencoder = reader.read(entries, shapes, '', _autoencoder_name(fields))
+  autoencoder = reader.read(
+    entries, shapes, '', _autoencoder_name(fields), _initial_autoencoder(fields)
+  )
   reader.finish()
   scale = options.scale or (_KL_SCALE if fields['regularizer'] == 'kl' else 1.0)
   if 'scaling_factor' in config and not options.scale and fields['regularizer'] == 'kl':
@@ -211,15 +215,19 @@ def _denoiser_of_diffusers(folder, index, fields, options, report):
   entries = diffusers.unet_entries(
     list(backbone_shapes), _unet_of(denoiser_fields), backbone_shapes
   )
-  backbone = reader.read(entries, backbone_shapes, '', 'a U-Net of diffusers')
+  initial = _initial_denoiser(denoiser_fields, options)
+  backbone = reader.read(
+    entries, backbone_shapes, '', 'a U-Net of diffusers', lambda: initial()['backbone']
+  )
   reader.finish()
   if not ours.is_dir():
-    return denoiser_fields, _with_conditions(denoiser_fields, options, backbone, report)
+    return denoiser_fields, _with_conditions(initial, backbone, denoiser_fields, report)
   rest = {name: shape for name, shape in shapes.items() if not name.startswith('backbone.')}
   parts = {}
   if rest:
     reader = _Reader(_weights(ours), options, report)
-    parts = reader.read(condition_encoder.entries(rest), rest, '', "p2ldm's condition encoder")
+    entries = condition_encoder.entries(rest)
+    parts = reader.read(entries, rest, '', "p2ldm's condition encoder", initial)
     reader.finish()
   return denoiser_fields, {**parts, 'backbone': backbone}
 
@@ -236,25 +244,29 @@ class _Reader:
   def __contains__(self, name: str) -> bool:
     return name in self._names
 
-  def read(self, entries, shapes: Mapping, prefix: str, kind: str) -> dict:
-    """Nested parameters of one network; tensors that may be missing keep their initial values."""
+  def read(self, entries, shapes: Mapping, prefix: str, kind: str, initial: Callable) -> dict:
+    """Nested parameters of one network.
+
+    Args:
+      entries: of all its tensors.
+      shapes: {name: shape} of ours.
+      prefix: of theirs.
+      kind: what it is, for messages.
+      initial: () -> nested parameters as training begins with; asked where tensors may be missing.
+    """
     entries = [e._replace(theirs=tuple(prefix + name for name in e.theirs)) for e in entries]
     params, problems = tensor_layout.convert(_Renamed(self), entries, shapes, self._release)
-    for entry in entries:
-      for name in entry.theirs:
-        self._used[name] = entry.ours
+    self._used |= {name: entry.ours for entry in entries for name in entry.theirs}
     allowed = [name for name in problems.missing if self._ignored(name)]
     missing = [name for name in problems.missing if name not in allowed]
     tensor_layout.check(problems._replace(missing=missing), self.file.path, kind)
-    for name in allowed:
-      self._report.rows.append(
-        {'tensor': name, 'shape': None, 'dtype': None, 'became': 'missing', 'file': None}
-      )
-    for entry in entries:
-      if entry.ours not in params:
-        params[entry.ours] = np.zeros(shapes[entry.ours], np.float32)
-        params[entry.ours] += entry.ours.endswith('scale')
-        self._report.notes.append(f'{entry.ours} was missing and starts at its initial value.')
+    nothing = {'shape': None, 'dtype': None, 'became': 'missing', 'file': None}
+    self._report.rows += [{'tensor': name, **nothing} for name in allowed]
+    if allowed:
+      absent = shapes.keys() - params.keys()
+      fresh = traverse_util.flatten_dict(initial(), sep='.')
+      params |= {name: np.asarray(fresh[name], np.float32) for name in absent}
+      self._report.notes.append(f'Missing, and new: {", ".join(sorted(absent))}.')
     return traverse_util.unflatten_dict(params, sep='.')
 
   def finish(self, is_aside=lambda name: False):
@@ -432,24 +444,41 @@ def _unet_of(denoiser: Mapping) -> dict:
   return {**denoiser['unet'], 'use_context': context}
 
 
-def _with_conditions(fields: Mapping, options: Options, backbone: dict, report: Report) -> dict:
+def _initial_autoencoder(fields: Mapping) -> Callable:
+  """() -> the parameters with which an autoencoder's training begins."""
+  module = weights.make_module(Autoencoder, fields)
+  side = 8 * 2 ** (len(fields['channel_multipliers']) - 1)
+  image = jnp.zeros((1, side, side, 3))
+  return lambda: jax.device_get(jax.jit(module.init)(jax.random.key(0), image)['params'])
+
+
+def _initial_denoiser(fields: Mapping, options: Options) -> Callable:
+  """(keep) -> the denoiser's parameters with which training begins: those of the parts that `keep` allows."""
+  module, size = weights.make_module(Denoiser, fields), options.image_size
+  side = size // fields['latent_factor']
+
+  def initial(keep: Callable = lambda name: True) -> dict:
+    @jax.jit
+    def init(key):
+      params = module.init(
+        key,
+        jnp.zeros((1, side, side, fields['latent_channels'])),
+        jnp.zeros(1, jnp.int32),
+        jnp.zeros((1, fields['num_attributes']), jnp.int8),
+        jnp.zeros((1, size, size), jnp.uint8),
+      )['params']
+      return {name: value for name, value in params.items() if keep(name)}
+
+    return jax.device_get(init(jax.random.key(0)))
+
+  return initial
+
+
+def _with_conditions(initial: Callable, backbone: dict, fields: Mapping, report: Report) -> dict:
   """Parameters of the denoiser: the U-Net's, and fresh ones of what reads the conditions."""
-  module = weights.make_module(Denoiser, fields)
-  side = options.image_size // fields['latent_factor']
-
-  @jax.jit
-  def init(key):
-    params = module.init(
-      key,
-      jnp.zeros((1, side, side, fields['latent_channels'])),
-      jnp.zeros(1, jnp.int32),
-      jnp.zeros((1, fields['num_attributes']), jnp.int8),
-      jnp.zeros((1, options.image_size, options.image_size), jnp.uint8),
-    )['params']
-    return {name: value for name, value in params.items() if name != 'backbone'}
-
-  rest = jax.device_get(init(jax.random.key(0)))
-  if rest:
+  rest = {}
+  if (fields['attributes'], fields['mask']) != ('none', 'none'):
+    rest = initial(lambda name: name != 'backbone')
     report.notes.append(
       'The U-Net takes conditions, and what reads them here (attributes and mask) is not trained yet: go on '
       'with --config.denoiser.pretrained=DEST.'
