@@ -20,7 +20,7 @@ import time
 import numpy as np
 from absl import app, flags
 
-from benchmarks import crashes
+from benchmarks.workdirs import differences
 
 _OUT = flags.DEFINE_string('out', 'topologies', 'Folder of the runs; must not exist.')
 _STEPS = flags.DEFINE_integer(
@@ -43,10 +43,10 @@ def main(_):
     wait(launch(out, name, count, devices, fsdp))
   kills = killed_run(out)
   curves = {name: losses(out / name) for name in ('one', 'eight', 'two processes', 'killed')}
-  differences = crashes.differences(out / 'two processes', out / 'killed')
-  print(report(curves, differences, kills))
+  found = differences(out / 'two processes', out / 'killed')
+  print(report(curves, found, kills))
   draw(out / 'losses.png', curves)
-  sys.exit(1 if differences else 0)
+  sys.exit(1 if found else 0)
 
 
 def launch(
