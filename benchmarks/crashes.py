@@ -38,7 +38,7 @@ _LIMIT = flags.DEFINE_integer('limit', 400, 'Starts after which it gives up.')
 
 _SHORT = (
   '--config.data.embedded_faces=300',
-  '--config.latents.chunk_size=32',
+  '--config.latents.chunk_size=16',
   '--config.latents.batch_size=8',
   '--config.autoencoder.training.num_steps=60',
   '--config.diffusion.training.num_steps=120',
@@ -135,16 +135,20 @@ def crash(out: pathlib.Path, workdir: pathlib.Path):
 
 
 def wait_for_the_moment(process, workdir: pathlib.Path, target: str, rng: random.Random) -> bool:
-  """Returns True at the instant to kill at, which is in a stage or later; False if the run ends before."""
+  """Returns True at the instant to kill at; False if the run ends before.
+
+  That is in a stage, or as the next one begins, where nothing more was written in it.
+  """
   left = set(half_written(workdir))  # by the kill before
   while process.poll() is None and STAGES.index(stage(workdir)) < STAGES.index(target):
     time.sleep(0.002)
+  wanted = STAGES.index(stage(workdir))
   end = time.time() + rng.uniform(0.0, _LONGEST.value)
   while_writing = rng.random() < 0.5
   while process.poll() is None:
-    if time.time() >= end and not while_writing:
+    if not while_writing and (time.time() >= end or STAGES.index(stage(workdir)) > wanted):
       return True
-    if while_writing and set(half_written(workdir)) - left:
+    if while_writing and set(half_written(workdir)) - left:  # of whatever stage
       time.sleep(rng.uniform(0.0, 0.02))
       return process.poll() is None
     time.sleep(0.002)
