@@ -4,11 +4,13 @@ import pathlib
 
 import numpy as np
 
+TASKS = ('autoencoder', 'diffusion')
 
-def differences(whole: pathlib.Path, killed: pathlib.Path) -> list[str]:
-  """Which arrays of two workdirs are not the same to the last bit."""
+
+def differences(whole: pathlib.Path, killed: pathlib.Path, tasks=TASKS) -> list[str]:
+  """Which arrays of two workdirs, and of the checkpoints of these tasks, are not the same to the last bit."""
   found = []
-  for task in ('autoencoder', 'diffusion'):
+  for task in tasks:
     ours, theirs = (newest(path / task / 'checkpoints') for path in (whole, killed))
     if ours.keys() != theirs.keys():
       found.append(f'{task}: other arrays')
