@@ -2,14 +2,16 @@
 
   python -m benchmarks.crashes --kills=50 --out=crashes
 
-Trains configs/multi.py:tiny, shortened, twice: once without interruption, once killed over and over and
-started again by the same command, half of the time at a random instant, half of the time while a checkpoint,
-a chunk of the latent cache or the model is being written. The two workdirs must then hold the same
-parameters, bit for bit: in the last checkpoints, in the latent cache and in the model. Prints a Markdown
-report; exits with 1 where anything differs.
+Trains configs/multi.py:tiny, shortened: once without interruption, then killed over and over and started
+again by the same command. The kills go through the stages (before the first, autoencoder, latent cache,
+diffusion), half of them at a random instant, half while a checkpoint, a chunk of the cache or the model is
+being written. After --kills_per_run of them a run is let come to its end, and the next one begins. Each must
+then hold the parameters of the uninterrupted one, bit for bit: in the last checkpoints, in the latent cache
+and in the model. Prints a Markdown report; exits with 1 where anything differs.
 """
 
 import collections
+import contextlib
 import json
 import pathlib
 import random
@@ -19,22 +21,24 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 from absl import app, flags
+
+from benchmarks.workdirs import differences
 
 _KILLS = flags.DEFINE_integer('kills', 50, 'How many.')
 _OUT = flags.DEFINE_string(
   'out', 'crashes', 'Folder of the two runs and their data; must not exist.'
 )
 _SEED = flags.DEFINE_integer('seed', 0, 'Of the instants.')
+_PER_RUN = flags.DEFINE_integer('kills_per_run', 17, 'Kills before a run may end.')
 _LONGEST = flags.DEFINE_float(
-  'longest', 30.0, 'Seconds that a run lives at most before it is killed.'
+  'longest', 20.0, 'Seconds that a run stays at most in the stage in which it is to be killed.'
 )
 _LIMIT = flags.DEFINE_integer('limit', 400, 'Starts after which it gives up.')
 
 _SHORT = (
   '--config.data.embedded_faces=300',
-  '--config.latents.chunk_size=32',
+  '--config.latents.chunk_size=16',
   '--config.latents.batch_size=8',
   '--config.autoencoder.training.num_steps=60',
   '--config.diffusion.training.num_steps=120',
@@ -47,6 +51,9 @@ _SHORT = (
   '--config.sampling.num_faces=2',
   '--config.probe.every=0',
 )
+STAGES = ('before the first stage', 'autoencoder', 'latents', 'diffusion')
+# Of the kills of a run, in this order; a stage that is already over is as good as the one that goes on.
+_SHARES = {'before the first stage': 1, 'autoencoder': 5, 'latents': 5, 'diffusion': 6}
 # What exists only while something is being written.
 _HALF_WRITTEN = {
   'a checkpoint': ('*/checkpoints/*.orbax-checkpoint-tmp*',),
@@ -66,9 +73,10 @@ def main(_):
   if status:
     sys.exit(f'The run without interruptions ended with {status}; see {out / "whole.log"}.')
   whole_s = time.time() - start
-  kills, starts, statuses = crash(out, out / 'killed')
+  kills, starts, statuses, runs = crash(out, out / 'killed')
   report = {
     'kills': len(kills),
+    'runs': runs,
     'starts': starts,
     'seconds_whole': round(whole_s),
     'seconds_all': round(time.time() - start),
@@ -91,102 +99,84 @@ def launch(out: pathlib.Path, name: str) -> subprocess.Popen:
 
 
 def crash(out: pathlib.Path, workdir: pathlib.Path):
-  """Starts the run again and again until it has been killed often enough and has come to its end.
-
-  A run that ends before all kills are spent is put aside, and begun anew, so that every stage is hit.
+  """Kills runs, starts them again, and compares each at its end, until there have been enough kills.
 
   Returns:
-    [(stage, what was being written, seconds it had lived)], how often it was started, exit statuses other
-    than of a kill.
+    [(stage, what was being written, seconds it had lived)], how often a run was started, exit statuses other
+    than of a kill, and how many runs came to their end.
   """
-  rng, kills, statuses, starts = random.Random(_SEED.value), [], [], 0
+  rng, kills, statuses = random.Random(_SEED.value), [], []
+  starts = runs = 0
+  targets = [stage for stage, share in _SHARES.items() for _ in range(share)]
+  of_run = 0
   while starts < _LIMIT.value:
     starts += 1
     process, begun = launch(out, workdir.name), time.time()
-    if len(kills) < _KILLS.value and wait_for_the_moment(process, workdir, rng):
-      hit = (stage(workdir), being_written(workdir), time.time() - begun)
+    enough = of_run >= _PER_RUN.value or len(kills) >= _KILLS.value
+    target = targets[min(of_run * len(targets) // _PER_RUN.value, len(targets) - 1)]
+    if not enough and wait_for_the_moment(process, workdir, target, rng):
       process.send_signal(signal.SIGKILL)
+      hit = (stage(workdir), being_written(workdir), time.time() - begun)
       process.wait()
       kills.append(hit)
+      of_run += 1
       print(f'kill {len(kills)} after {hit[2]:.1f} s: {hit[0]}, {hit[1]}', flush=True)
       continue
     status = process.wait()
     if status:
       statuses.append(status)
       break
-    if len(kills) >= _KILLS.value:
-      break
-    if differences(out / 'whole', workdir):
+    runs += 1
+    if len(kills) >= _KILLS.value or differences(out / 'whole', workdir):
       break
     shutil.rmtree(workdir)
-  return kills, starts, statuses
+    of_run = 0
+  return kills, starts, statuses, runs
 
 
-def wait_for_the_moment(process, workdir: pathlib.Path, rng: random.Random) -> bool:
-  """Returns True at the instant to kill at, False if the run ended before it."""
-  end = time.time() + rng.uniform(1.0, _LONGEST.value)
+def wait_for_the_moment(process, workdir: pathlib.Path, target: str, rng: random.Random) -> bool:
+  """Returns True at the instant to kill at; False if the run ends before.
+
+  That is in a stage, or as the next one begins, where nothing more was written in it.
+  """
+  left = set(half_written(workdir))  # by the kill before
+  while process.poll() is None and STAGES.index(stage(workdir)) < STAGES.index(target):
+    time.sleep(0.002)
+  wanted = STAGES.index(stage(workdir))
+  end = time.time() + rng.uniform(0.0, _LONGEST.value)
   while_writing = rng.random() < 0.5
   while process.poll() is None:
-    if time.time() >= end and not while_writing:
+    if not while_writing and (time.time() >= end or STAGES.index(stage(workdir)) > wanted):
       return True
-    if time.time() >= end and being_written(workdir) != 'nothing':
+    if while_writing and set(half_written(workdir)) - left:  # of whatever stage
       time.sleep(rng.uniform(0.0, 0.02))
       return process.poll() is None
-    time.sleep(0.002 if time.time() >= end else 0.05)
+    time.sleep(0.002)
   return False
 
 
 def being_written(workdir: pathlib.Path) -> str:
   """What is half-written at this instant."""
+  return next(iter(half_written(workdir).values()), 'nothing')
+
+
+def half_written(workdir: pathlib.Path) -> dict[tuple[str, int], str]:
+  """{(path, inode): what it is} of all that is half-written."""
+  found = {}
   for what, patterns in _HALF_WRITTEN.items():
-    if any(next(workdir.glob(pattern), None) for pattern in patterns):
-      return what
-  return 'nothing'
+    for pattern in patterns:
+      for path in workdir.glob(pattern):
+        with contextlib.suppress(FileNotFoundError):  # complete by now
+          found[str(path), path.stat().st_ino] = what
+  return found
 
 
 def stage(workdir: pathlib.Path) -> str:
   """The stage that a run is in."""
-  if (workdir / 'diffusion').exists():
-    return 'diffusion'
-  if (workdir / 'latents').exists():
-    return 'latents'
-  return 'autoencoder' if (workdir / 'autoencoder').exists() else 'before the first stage'
-
-
-def differences(whole: pathlib.Path, killed: pathlib.Path) -> list[str]:
-  """Which arrays of two workdirs are not the same to the last bit."""
-  found = []
-  for task in ('autoencoder', 'diffusion'):
-    ours, theirs = (newest(path / task / 'checkpoints') for path in (whole, killed))
-    if ours.keys() != theirs.keys():
-      found.append(f'{task}: other arrays')
-      continue
-    found += [f'{task}{name}' for name, value in ours.items() if not same(value, theirs[name])]
-  for path in sorted(whole.rglob('*')):
-    name = path.relative_to(whole)
-    if path.suffix in ('.npy', '.safetensors'):
-      other = killed / name
-      if not other.exists() or other.read_bytes() != path.read_bytes():
-        found.append(str(name))
-  return found
-
-
-def same(a: np.ndarray, b: np.ndarray) -> bool:
-  """Whether two arrays have the same bits."""
-  return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
-
-
-def newest(directory: pathlib.Path) -> dict[str, np.ndarray]:
-  """The arrays of the newest checkpoint, by name, as they are on disk."""
-  import jax
-  import orbax.checkpoint as ocp
-
-  steps = [int(path.name) for path in directory.iterdir() if path.name.isdigit()]
-  path, checkpointer = (directory / str(max(steps)) / 'state').absolute(), ocp.PyTreeCheckpointer()
-  tree = checkpointer.metadata(path).item_metadata.tree
-  as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-  leaves = jax.tree_util.tree_leaves_with_path(checkpointer.restore(path, restore_args=as_numpy))
-  return {jax.tree_util.keystr(path): np.asarray(value) for path, value in leaves}
+  for name in reversed(STAGES[1:]):
+    if (workdir / name).exists():
+      return name
+  return STAGES[0]
 
 
 def text(report: dict) -> str:
@@ -197,15 +187,15 @@ def text(report: dict) -> str:
   )
   return '\n'.join(
     [
-      f'{report["kills"]} SIGKILLs over {report["starts"]} starts, {report["seconds_all"]} s in all; the run '
-      f'without interruptions took {report["seconds_whole"]} s.',
+      f'{report["kills"]} SIGKILLs over {report["runs"]} runs and {report["starts"]} starts, '
+      f'{report["seconds_all"]} s in all; the run without interruptions took {report["seconds_whole"]} s.',
       '',
       '| stage, and what was being written | kills |',
       '| --- | --- |',
       *rows,
       '',
       f'Exits other than by a kill: {report["other_exits"] or "none"}.',
-      f'Last checkpoints, latent cache and model of the two runs: {same_}.',
+      f'Last checkpoints, latent cache and model of the last run and of the uninterrupted one: {same_}.',
     ]
   )
 

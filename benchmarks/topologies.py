@@ -4,8 +4,10 @@
 
 Trains configs/multi.py:tiny, shortened, on virtual CPU devices: one process with one device; one with eight
 and fsdp = 8; two with four each and fsdp = 8. Then the two processes once more, killed with SIGKILL twice
-(both, then one, upon which the other is ended, too) and started again. Prints how far the losses of every
-step differ, whether the killed run ended bit for bit like the other one, and draws the curves into one plot.
+(both, then one, upon which the other is ended, too) and started again. Each trains an autoencoder, and then
+diffusion on the latents of the first one's: a codebook turns a difference in the last digit into another code
+now and then, and from there on two autoencoders go ways of their own. Prints how far the losses differ, and
+whether the killed run ended bit for bit like the other one, and draws the curves into one plot.
 """
 
 import json
@@ -20,13 +22,13 @@ import time
 import numpy as np
 from absl import app, flags
 
-from benchmarks import crashes
+from benchmarks.workdirs import TASKS, differences
 
 _OUT = flags.DEFINE_string('out', 'topologies', 'Folder of the runs; must not exist.')
 _STEPS = flags.DEFINE_integer(
   'steps', 100, 'Of the diffusion model; half as many of the autoencoder.'
 )
-_TASKS = ('autoencoder', 'diffusion')
+TOPOLOGIES = (('one', 1, 1, 1), ('eight', 1, 8, 8), ('two processes', 2, 4, 8))
 
 
 def main(_):
@@ -35,42 +37,51 @@ def main(_):
   if out.exists():
     sys.exit(f'{out} exists; give another --out.')
   out.mkdir(parents=True)
-  for name, count, devices, fsdp in (
-    ('one', 1, 1, 1),
-    ('eight', 1, 8, 8),
-    ('two processes', 2, 4, 8),
-  ):
-    wait(launch(out, name, count, devices, fsdp))
-  kills = killed_run(out)
-  curves = {name: losses(out / name) for name in ('one', 'eight', 'two processes', 'killed')}
-  differences = crashes.differences(out / 'two processes', out / 'killed')
-  print(report(curves, differences, kills))
-  draw(out / 'losses.png', curves)
-  sys.exit(1 if differences else 0)
+  for task in TASKS:
+    for name, count, devices, fsdp in TOPOLOGIES:
+      wait(launch(out, name, task, count, devices, fsdp))
+  kills = [killed_run(out, 'autoencoder', (0, 1)), killed_run(out, 'diffusion', (1,))]
+  names = [*(name for name, *_ in TOPOLOGIES), 'killed']
+  curves = {name: {task: losses(out / name / task, task) for task in TASKS} for name in names}
+  found = []
+  for task in TASKS:
+    found += differences(out / 'two processes' / task, out / 'killed' / task, (task,))
+  print(report(curves, found, kills))
+  for task in TASKS:
+    draw(out / f'losses_{task}.png', curves, task)
+  sys.exit(1 if found else 0)
 
 
 def launch(
-  out: pathlib.Path, name: str, count: int, devices: int, fsdp: int
+  out: pathlib.Path, name: str, task: str, count: int, devices: int, fsdp: int
 ) -> list[subprocess.Popen]:
-  """Starts the run in OUT/name, in `count` processes with `devices` virtual devices each."""
+  """Starts a task in OUT/name/task, in `count` processes with `devices` virtual devices each."""
   command = [
     sys.executable,
     '-m',
     'p2ldm.main',
     '--config=configs/multi.py:tiny',
-    f'--workdir={out / name}',
+    f'--workdir={out / name / task}',
   ]
   command += [
     f'--config.data.dir={out / "faces"}',
     '--config.data.embedded_faces=300',
     f'--config.mesh.fsdp={fsdp}',
+    *(
+      ["--config.stages=('autoencoder',)"]
+      if task == 'autoencoder'
+      else [
+        "--config.stages=('latents', 'diffusion')",
+        f'--config.autoencoder.pretrained={out / "one" / "autoencoder"}',
+      ]
+    ),
     '--config.probe.every=0',
     '--config.sampling.steps=2',
     f'--config.autoencoder.training.num_steps={_STEPS.value // 2}',
     f'--config.diffusion.training.num_steps={_STEPS.value}',
     *(
-      f'--config.{task}.training.{key}'
-      for task in _TASKS
+      f'--config.{trained}.training.{key}'
+      for trained in TASKS
       for key in (
         'log_every=1',
         'checkpoint_every=10',
@@ -95,7 +106,7 @@ def launch(
       'JAX_PLATFORMS': 'cpu',
       'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
     }
-    with (out / f'{name}.{i}.log').open('a') as log:
+    with (out / f'{name}.{task}.{i}.log').open('a') as log:
       started.append(
         subprocess.Popen(
           command + (several if count > 1 else []), stdout=log, stderr=log, env=environment
@@ -110,24 +121,24 @@ def wait(processes: list[subprocess.Popen]):
     sys.exit('A run failed; see the logs.')
 
 
-def killed_run(out: pathlib.Path) -> list[str]:
-  """The two processes, killed twice: where each kill hit."""
-  hits, half = [], _STEPS.value // 2
-  for whom, task, step in (((0, 1), 'autoencoder', half // 2), ((1,), 'diffusion', half)):
-    both = launch(out, 'killed', 2, 4, 8)
-    while steps_done(out / 'killed', task) < step:
-      if both[0].poll() is not None:
-        sys.exit('A run ended before it could be killed; see the logs.')
-      time.sleep(0.05)
-    for i in whom:
-      both[i].send_signal(signal.SIGKILL)
-    if len(whom) == 1:
-      both[0].send_signal(signal.SIGKILL)  # as a scheduler ends the tasks that are left
-    for process in both:
-      process.wait()
-    hits.append(f'{task}, step {steps_done(out / "killed", task)}')
-  wait(launch(out, 'killed', 2, 4, 8))
-  return hits
+def killed_run(out: pathlib.Path, task: str, whom: tuple[int, ...]) -> str:
+  """The two processes, killed half-way and started again: where the kill hit."""
+  name, *topology = 'killed', *TOPOLOGIES[-1][1:]
+  half = _STEPS.value // (4 if task == 'autoencoder' else 2)
+  both = launch(out, name, task, *topology)
+  while steps_done(out / name / task, task) < half:
+    if both[0].poll() is not None:
+      sys.exit('A run ended before it could be killed; see the logs.')
+    time.sleep(0.05)
+  for i in whom:
+    both[i].send_signal(signal.SIGKILL)
+  if len(whom) == 1:
+    both[0].send_signal(signal.SIGKILL)  # as a scheduler ends the tasks that are left
+  for process in both:
+    process.wait()
+  hit = f'{task}, step {steps_done(out / name / task, task)}'
+  wait(launch(out, name, task, *topology))
+  return hit
 
 
 def steps_done(workdir: pathlib.Path, task: str) -> int:
@@ -137,25 +148,27 @@ def steps_done(workdir: pathlib.Path, task: str) -> int:
   return json.loads(rows[-1])['step'] if rows and rows[-1].endswith('}') else 0
 
 
-def losses(workdir: pathlib.Path) -> dict[str, np.ndarray]:
-  """{task: the loss of every step}."""
-  found = {}
-  for task in _TASKS:
-    rows = map(json.loads, (workdir / task / 'metrics.jsonl').read_text().splitlines())
-    found[task] = np.array([row['train/loss'] for row in rows if 'train/loss' in row])
-  return found
+def losses(workdir: pathlib.Path, task: str) -> np.ndarray:
+  """The loss of every step."""
+  rows = map(json.loads, (workdir / task / 'metrics.jsonl').read_text().splitlines())
+  return np.array([row['train/loss'] for row in rows if 'train/loss' in row])
 
 
 def report(curves: dict, differences: list[str], kills: list[str]) -> str:
-  """Markdown: the largest relative difference of any step's loss from that of one device."""
-  lines = ['| devices | autoencoder | diffusion |', '| --- | --- | --- |']
-  for name, of_tasks in curves.items():
-    cells = []
-    for task, values in of_tasks.items():
-      one = curves['one'][task]
-      same = len(values) == len(one)
-      cells.append(f'{np.max(np.abs(values / one - 1)):.2g}' if same else f'{len(values)} steps')
-    lines.append(f'| {name} | {" | ".join(cells)} |')
+  """Markdown: the relative difference of the losses from those of one device."""
+  lines = [
+    '| | task | steps | first 10 steps | median | last step | largest | first step above 1e-4 |',
+    '| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |',
+  ]
+  for task in TASKS:
+    for name, of_tasks in curves.items():
+      off = np.abs(of_tasks[task] / curves['one'][task] - 1)
+      above = np.flatnonzero(off > 1e-4)
+      numbers = [off[:10].max(), np.median(off), off[-1], off.max()]
+      lines.append(
+        f'| {name} | {task} | {len(off)} | {" | ".join(f"{n:.1e}" for n in numbers)} | '
+        f'{above[0] + 1 if len(above) else "none"} |'
+      )
   exact = (
     'bit for bit as the uninterrupted one' if not differences else f'otherwise: {differences[:5]}'
   )
@@ -164,15 +177,15 @@ def report(curves: dict, differences: list[str], kills: list[str]) -> str:
   )
 
 
-def draw(path: pathlib.Path, curves: dict):
-  """The diffusion losses of all topologies on top of one another."""
+def draw(path: pathlib.Path, curves: dict, task: str):
+  """The losses of all topologies on top of one another."""
   from p2ldm.reports import plots
 
   series = {
-    name: {step: (float(loss), None) for step, loss in enumerate(values['diffusion'], start=1)}
+    name: {step: (float(loss), None) for step, loss in enumerate(values[task], start=1)}
     for name, values in curves.items()
   }
-  plots.curves(series, 'Diffusion loss of every step', 'step', 'loss').savefig(path, dpi=100)
+  plots.curves(series, f'Loss of every step: {task}', 'step', 'loss').savefig(path, dpi=100)
 
 
 if __name__ == '__main__':
