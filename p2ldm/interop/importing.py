@@ -127,10 +127,10 @@ def from_compvis(path, options: Options) -> tuple[ModelParts, Report]:
     ema = options.ema and any(name.startswith(compvis.EMA) for name in file)
     entries = compvis.unet_entries(_backbone(shapes), ema)
     prefix = compvis.EMA if ema else compvis.UNET
-    backbone = reader.read(
-      entries, _backbone(shapes), prefix, 'a U-Net of CompVis/latent-diffusion'
-    )
-    denoiser = _with_conditions(denoiser_fields, options, backbone, report)
+    initial = _initial_denoiser(denoiser_fields, options)
+    kind = 'a U-Net of CompVis/latent-diffusion'
+    backbone = reader.read(entries, _backbone(shapes), prefix, kind, lambda: initial()['backbone'])
+    denoiser = _with_conditions(initial, backbone, denoiser_fields, report)
     config |= {'denoiser': denoiser_fields, 'schema': options.schema.to_dict()}
   reader.finish(_is_aside)
   return ModelParts(config, autoencoder, denoiser), report
