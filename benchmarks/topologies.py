@@ -5,8 +5,9 @@
 Trains configs/multi.py:tiny, shortened, on virtual CPU devices: one process with one device; one with eight
 and fsdp = 8; two with four each and fsdp = 8. Then the two processes once more, killed with SIGKILL twice
 (both, then one, upon which the other is ended, too) and started again. Each trains an autoencoder, and then
-diffusion on the latents of the first one's: a codebook turns a difference in the last digit into another code
-now and then, and from there on two autoencoders go ways of their own. Prints how far the losses differ, and
+diffusion on the latents of the first one's, for training an autoencoder multiplies differences in the last
+digit from step to step (the gradient of L1 is a sign, and Adam normalises it), on one device as well as on
+eight: see docs/results. Prints how far the losses differ, and
 whether the killed run ended bit for bit like the other one, and draws the curves into one plot.
 """
 

@@ -37,7 +37,8 @@ def predict(parts, params):
 
 
 def initial(parts):
-  return parts.make_denoiser().init(
+  init = jax.jit(parts.make_denoiser().init)
+  return init(
     jax.random.key(1),
     jnp.zeros((1, 8, 8, 3)),
     jnp.zeros(1, jnp.int32),

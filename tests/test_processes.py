@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from benchmarks import crashes
+from benchmarks import workdirs
 from p2ldm import interruptions
 
 TESTS = pathlib.Path(__file__).parent
@@ -57,7 +57,7 @@ def losses(workdir):
 
 def parameters(workdir):
   """The arrays of the last checkpoint, as they are on disk."""
-  arrays = crashes.newest(workdir / 'toy' / 'checkpoints')
+  arrays = workdirs.newest(workdir / 'toy' / 'checkpoints')
   return {name: value for name, value in arrays.items() if name.endswith("['w']")}
 
 

@@ -86,7 +86,7 @@ def without_gcloud(tmp_path_factory):
 def script(*arguments):
   """run_tpu.sh to its end, where there is no gcloud."""
   return subprocess.run(
-    [_SCRIPT, *arguments], capture_output=True, text=True, timeout=30, env=_NO_GCLOUD
+    [_SCRIPT, *arguments], capture_output=True, text=True, timeout=120, env=_NO_GCLOUD
   )
 
 
@@ -295,7 +295,7 @@ class Cloud:
   def __call__(self, *arguments, runs=()):
     """run_tpu.sh to its end: (exit status, log of the run, messages)."""
     process = self.begin(*arguments, runs=runs)
-    out, messages = process.communicate(timeout=30)
+    out, messages = process.communicate(timeout=120)
     return process.returncode, out, messages
 
   def calls(self, *words):
@@ -365,7 +365,7 @@ def test_ctrl_c_saves_and_deletes(cloud):
   process = cloud.begin(*_POD, runs=['never'])
   cloud.wait_for('ends with never')
   os.killpg(process.pid, signal.SIGINT)
-  _, messages = process.communicate(timeout=30)
+  _, messages = process.communicate(timeout=120)
   assert process.returncode == 130, messages
   for worker in ('worker0', 'worker1'):
     folder = cloud.path / worker / 'p2ldm'
@@ -381,7 +381,7 @@ def test_a_tpu_that_is_taken_away_is_requested_again(cloud):
   # The machine shuts down: every process gets SIGTERM, the one that looks after the run, too.
   for name in ('run.child', 'run.pid'):
     os.kill(int((cloud.path / 'worker0' / 'p2ldm' / name).read_text()), signal.SIGTERM)
-  out, messages = process.communicate(timeout=30)
+  out, messages = process.communicate(timeout=120)
   assert process.returncode == 0, messages
   assert 'saved' in out and 'ends with 0' in out and 'was interrupted' in messages
   assert len(cloud.calls('create', '--spot')) == len(cloud.calls('delete')) == 2
