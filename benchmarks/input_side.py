@@ -8,12 +8,12 @@ Draws embedded faces at 1024 px into a temporary folder, prepares them at 256 px
   latent cache: training batches of latents 64 x 64 x 3 with masks 256 x 256 (page cache warm)
 and prints a Markdown table: median and range over the repeats. The first two scale with the cores.
 
-What an accelerator would take, in images per second, is peak * utilisation / FLOPs of an image. The train
-step of the denoiser of configs/multi.py at global batch 48 is 4.06e13 FLOPs (the compiler's count, see
-docs/results: 5.08e12 for 6 images), 8.5e11 an image; dense bfloat16 peaks are 989e12 (H100 SXM) and 197e12
-(TPU v5e chip); of them a well-tuned U-Net reaches 40 % at best, so the rate is an upper bound. tf.data feeds
-the autoencoder and the evaluators: the former's convolutions alone are about 2.3e12 FLOPs an image and step
-(counted by hand, without LPIPS and discriminator), so the denoiser's rate is more than it has to reach.
+What an accelerator would take, in images per second, is peak * utilisation / FLOPs of an image. Of
+configs/multi.py (the compiler's count, from the lowered programs): the train step of the denoiser, which
+the latent cache feeds, is 4.03e13 FLOPs at batch 48 (`main --plan=8`), 8.4e11 an image; the autoencoder's,
+which tf.data feeds, 3.0e12 an image without LPIPS and discriminator. Dense bfloat16 peaks are 989e12 (H100
+SXM) and 197e12 (TPU v5e chip); of them a well-tuned network reaches 40 % at best, so the rates are upper
+bounds.
 """
 
 import os
@@ -126,20 +126,21 @@ def main(_):
         latents(folder / 'latents'),
       ),
     }
-  needs = {name: peak * FLAGS.utilisation / FLAGS.image_flops for name, peak in PEAKS.items()}
   print(
     f'{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} while measuring, Python '
     f'{platform.python_version()}, jax {jax.__version__}; {FLAGS.repeats} repeats, batch {FLAGS.batch_size}, '
-    f'{FLAGS.threads} threads. Need: {FLAGS.image_flops:.3g} FLOPs an image at '
-    f'{FLAGS.utilisation:.0%} of the peak.\n'
+    f'{FLAGS.threads} threads. Needed: {FLAGS.autoencoder_flops:.3g} FLOPs an image by the autoencoder, '
+    f'{FLAGS.denoiser_flops:.3g} by the denoiser, at {FLAGS.utilisation:.0%} of the peak.\n'
   )
   print(
-    '| | N | images/s, median (range) | ' + ' | '.join(f'needed by one {n}' for n in needs) + ' |'
+    '| | N | images/s, median (range) | ' + ' | '.join(f'needed by one {n}' for n in PEAKS) + ' |'
   )
-  print('| --- ' * (3 + len(needs)) + '|')
+  print('| --- ' * (3 + len(PEAKS)) + '|')
   for name, (count, found) in measured.items():
     middle, least, most = statistics.median(found), min(found), max(found)
-    cells = [f'{need:,.0f}: {middle / need:.2f} times' for need in needs.values()]
+    flops = FLAGS.denoiser_flops if name.startswith('latent') else FLAGS.autoencoder_flops
+    needs = [peak * FLAGS.utilisation / flops for peak in PEAKS.values()]
+    cells = [f'{need:,.0f}: {middle / need:.2f} times' for need in needs]
     if name.startswith('preparation'):
       cells = ['done once'] * len(needs)
     print(
@@ -158,6 +159,7 @@ if __name__ == '__main__':
   flags.DEFINE_integer('batch_size', 48, 'Images in a batch.')
   flags.DEFINE_integer('repeats', 5, 'How often each is measured.')
   flags.DEFINE_integer('threads', os.cpu_count(), 'Threads of the preparation.')
-  flags.DEFINE_float('image_flops', 4.06e13 / 48, 'FLOPs of a training step, an image.')
+  flags.DEFINE_float('denoiser_flops', 4.03e13 / 48, 'Of a training step, an image.')
+  flags.DEFINE_float('autoencoder_flops', 3.02e12, 'Of a training step, an image.')
   flags.DEFINE_float('utilisation', 0.4, 'Share of its peak that the accelerator reaches.')
   app.run(main)
