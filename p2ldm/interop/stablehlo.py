@@ -1,5 +1,7 @@
 """The sampler of a model as one StableHLO program (`jax.export`), for machines that have JAX alone.
 
+JAX reads and writes such programs with the small package flatbuffers, which it does not install by itself.
+
   DEST/
     sampler.stablehlo    the program: conditions and a seed to images, compiled on the machine that runs it
     weights.npz          its weights, unless they are inside

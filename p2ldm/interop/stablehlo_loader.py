@@ -1,4 +1,4 @@
-"""Draws faces with an exported sampler; needs jax and numpy alone.
+"""Draws faces with an exported sampler; needs jax, and flatbuffers, with which jax reads programs.
 
 python load.py faces.npy Smiling=1 Eyeglasses=-1      four faces, (4, S, S, 3) uint8
 """
