@@ -290,6 +290,8 @@ class Cloud:
       stderr=subprocess.PIPE,
       text=True,
       start_new_session=True,
+      # A job in the background ignores Ctrl-C, and so do its children, which cannot trap it then.
+      preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
   def __call__(self, *arguments, runs=()):
