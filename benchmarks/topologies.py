@@ -5,10 +5,9 @@
 Trains configs/multi.py:tiny, shortened, on virtual CPU devices: one process with one device; one with eight
 and fsdp = 8; two with four each and fsdp = 8. Then the two processes once more, killed with SIGKILL twice
 (both, then one, upon which the other is ended, too) and started again. Each trains an autoencoder, and then
-diffusion on the latents of the first one's, for training an autoencoder multiplies differences in the last
-digit from step to step (the gradient of L1 is a sign, and Adam normalises it), on one device as well as on
-eight: see docs/results. Prints how far the losses differ, and
-whether the killed run ended bit for bit like the other one, and draws the curves into one plot.
+diffusion on the latents of the first one's: training an autoencoder multiplies differences in the last
+digit from step to step, on one device as well as on eight (docs/results). Prints how far the losses differ,
+and whether the killed run ended bit for bit like the other one, and draws the curves.
 """
 
 import json

@@ -53,8 +53,7 @@ def convert(
   if read == write:
     raise UserError(f'--from and --to are both {read}: there is nothing to convert.')
   dest = storage.as_path(dest).expanduser()
-  if dest.exists():
-    raise UserError(f'{dest} exists; it is not replaced. Choose another name, or remove it.')
+  storage.check_absent(dest)
   options = options or importing.Options()
   with tqdm(desc='reading', total=1, unit='model') as bar:
     if read == 'p2ldm':

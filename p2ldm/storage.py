@@ -99,6 +99,12 @@ def read_json(path):
     return None
 
 
+def check_absent(path):
+  """Raises `UserError` if something has this name already."""
+  if as_path(path).exists():
+    raise UserError(f'{path} exists; it is not replaced. Choose another name, or remove it.')
+
+
 @contextlib.contextmanager
 def new_directory(
   directory, last: str, ours: Collection[str] | None = None

@@ -12,24 +12,20 @@ import re
 from collections.abc import Iterable, Mapping
 
 from p2ldm.errors import UserError
-from p2ldm.interop.tensor_layout import Entry, rename
+from p2ldm.interop.tensor_layout import LEAVES, TRANSFORMER, Entry, rename
 
 FIRST_STAGE, UNET, EMA = 'first_stage_model.', 'model.diffusion_model.', 'model_ema.diffusion_model'
 ORIGINAL_GROUPS = (32, 1)  # of CompVis' norms: 32 whatever the channels
 
-_LEAVES = (
-  (r'norm(\w*)\.norm\.(scale|bias)$', r'norm\1.\2'),  # our GroupNorm wraps flax'
-  (r'\.(kernel|scale)$', '.weight'),
-)
 _AUTOENCODER = (
-  *_LEAVES,
+  *LEAVES,
   (r'^(en|de)coder\.(down|up)_(\d+)_(block|attn)_(\d+)', r'\1coder.\2.\3.\4.\5'),
   (r'^(en|de)coder\.(down|up)_(\d+)_(downsample|upsample)', r'\1coder.\2.\3.\4'),
   (r'^(en|de)coder\.mid_', r'\1coder.mid.'),
   (r'^quantize\.embedding$', 'quantize.embedding.weight'),
 )
 _UNET = (
-  *_LEAVES,
+  *LEAVES,
   (r'^time_in\b', 'time_embed.0'),
   (r'^time_out\b', 'time_embed.2'),
   (r'^out_norm\b', 'out.0'),
@@ -43,10 +39,7 @@ _UNET = (
   (r'\.out_norm\b', '.out_layers.0'),
   (r'\.out_conv\b', '.out_layers.3'),
   (r'\.skip\b', '.skip_connection'),
-  (r'\.blocks_(\d+)', r'.transformer_blocks.\1'),
-  (r'\.to_out\b', '.to_out.0'),
-  (r'\.ff\.proj_in\b', '.ff.net.0.proj'),
-  (r'\.ff\.proj_out\b', '.ff.net.2'),
+  *TRANSFORMER,
 )
 
 

@@ -8,12 +8,8 @@ import re
 from collections.abc import Iterable, Mapping
 
 from p2ldm.errors import UserError
-from p2ldm.interop.tensor_layout import Entry, rename
+from p2ldm.interop.tensor_layout import LEAVES, TRANSFORMER, Entry, rename
 
-_LEAVES = (
-  (r'norm(\w*)\.norm\.(scale|bias)$', r'norm\1.\2'),
-  (r'\.(kernel|scale)$', '.weight'),
-)
 _SELF_ATTENTION = (
   (r'(attentions\.\d+)\.norm\b', r'\1.group_norm'),
   (r'(attentions\.\d+)\.([qkv])\b', r'\1.to_\2'),
@@ -26,12 +22,6 @@ _RESIDUAL = (
   (r'\.out_norm\b', '.norm2'),
   (r'\.out_conv\b', '.conv2'),
   (r'\.skip\b', '.conv_shortcut'),
-)
-_TRANSFORMER = (
-  (r'\.blocks_(\d+)', r'.transformer_blocks.\1'),
-  (r'\.to_out\b', '.to_out.0'),
-  (r'\.ff\.proj_in\b', '.ff.net.0.proj'),
-  (r'\.ff\.proj_out\b', '.ff.net.2'),
 )
 # Names that AutoencoderKL had before diffusers 0.17, still found in published files.
 _OLD = (
@@ -62,7 +52,7 @@ def autoencoder_entries(names: Iterable[str], levels: int) -> list[Entry]:
     return f'{coder}.{way}_blocks.{i}.{way}samplers.0'
 
   rules = (
-    *_LEAVES,
+    *LEAVES,
     (r'^(encoder|decoder)\.(down|up)_(\d+)_(block|attn)_(\d+)', level),
     (r'^(encoder|decoder)\.(down|up)_(\d+)_(?:downsample|upsample)', sampler),
     (r'\.mid_block_1\b', '.mid_block.resnets.0'),
@@ -108,7 +98,7 @@ def unet_entries(
     return f'mid_block.attentions.0.{rest}'
 
   rules = (
-    *_LEAVES,
+    *LEAVES,
     (r'^time_in\b', 'time_embedding.linear_1'),
     (r'^time_out\b', 'time_embedding.linear_2'),
     (r'^out_norm\b', 'conv_norm_out'),
@@ -116,7 +106,7 @@ def unet_entries(
     (r'^(input|output)_blocks_(\d+)\.layers_(\d+)\.(.*)$', block),
     (r'^middle_block\.layers_(\d+)\.(.*)$', middle),
     *_RESIDUAL,
-    *_TRANSFORMER,
+    *TRANSFORMER,
   )
   entries = []
   for name in names:

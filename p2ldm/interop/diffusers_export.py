@@ -61,8 +61,7 @@ def export(parts: ModelParts, dest, progress: Callable = lambda items, **_: item
     UserError: `dest` exists, or diffusers has no such network.
   """
   dest = storage.absolute(dest)
-  if dest.exists():
-    raise UserError(f'{dest} exists; it is not replaced. Choose another name, or remove it.')
+  storage.check_absent(dest)
   config = parts.config
   latents = config['latents'] or {'std': [1.0]}
   fields = config['autoencoder']

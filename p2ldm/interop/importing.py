@@ -9,14 +9,14 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
 import p2ldm
 from p2ldm.data.labels import CELEBAMASK_HQ, LabelSchema
 from p2ldm.errors import UserError
-from p2ldm.interop import compvis, condition_encoder, diffusers, tensor_layout, weights
+from p2ldm.interop import compvis, condition_encoder, diffusers, weights
 from p2ldm.interop.model_directory import ModelParts
 from p2ldm.interop.tensor_files import TensorFile
+from p2ldm.interop.tensor_reader import Reader, Report
 from p2ldm.models.autoencoder import Autoencoder
 from p2ldm.models.denoiser import Denoiser
 
@@ -49,44 +49,6 @@ class Options:
   schema: LabelSchema = CELEBAMASK_HQ
 
 
-class Report:
-  """What became of every tensor.
-
-  Attributes:
-    rows: [{'tensor', 'shape', 'dtype', 'became', 'file'}]; 'became' is the name of ours, or 'left out',
-      'missing'.
-    digests: {file: SHA-256}.
-    notes: what a person should know, sentences.
-  """
-
-  def __init__(self):
-    self.rows, self.digests, self.notes = [], {}, []
-
-  def to_dict(self) -> dict:
-    """As JSON can hold it."""
-    return {'files': self.digests, 'notes': self.notes, 'tensors': self.rows}
-
-  def text(self) -> str:
-    """A few lines for people."""
-    count = {'read': 0, 'left out': 0, 'missing': 0}
-    aside = {}
-    for row in self.rows:
-      kind = row['became'] if row['became'] in count else 'read'
-      count[kind] += 1
-      if kind == 'left out':
-        group = (
-          row['tensor'].partition('.')[0] if '.' in row['tensor'] else 'tables of the schedule'
-        )
-        aside[group] = aside.get(group, 0) + 1
-    groups = ', '.join(f'{name} {number}' for name, number in sorted(aside.items()))
-    lines = [
-      f'{count["read"]} tensors read and renamed, {count["left out"]} left out'
-      + (f' ({groups})' if groups else '')
-      + f', {count["missing"]} missing.'
-    ]
-    return '\n'.join([*lines, *self.notes])
-
-
 def from_compvis(path, options: Options) -> tuple[ModelParts, Report]:
   """An autoencoder, or a latent diffusion model, from a checkpoint of CompVis/latent-diffusion.
 
@@ -102,7 +64,7 @@ def from_compvis(path, options: Options) -> tuple[ModelParts, Report]:
     UserError: the file cannot be read, holds another network, or more or less than it.
   """
   file, report = TensorFile(path), Report()
-  reader = _Reader(file, options, report)
+  reader = Reader(file, options.ignore, report)
   prefix = compvis.FIRST_STAGE if any(n.startswith(compvis.FIRST_STAGE) for n in file) else ''
   has_unet = any(name.startswith(compvis.UNET) for name in file)
   fields = compvis.autoencoder_fields(_below(file.shapes, prefix), file.path)
@@ -167,7 +129,7 @@ def from_diffusers(folder, options: Options) -> tuple[ModelParts, Report]:
   config = _json(inner / 'config.json')
   fields = diffusers.autoencoder_fields(config, inner / 'config.json')
   fields['norm_groups'] = index.get('norm_groups', fields['norm_groups'])
-  reader = _Reader(_weights(inner), options, report, diffusers.modern_name)
+  reader = Reader(_weights(inner), options.ignore, report, diffusers.modern_name)
   shapes = weights.autoencoder_shapes(fields, str(inner / 'config.json'))
   entries = diffusers.autoencoder_entries(shapes, len(fields['channel_multipliers']))
   autoencoder = reader.read(
@@ -210,7 +172,7 @@ def _denoiser_of_diffusers(folder, index, fields, options, report):
     shapes = weights.denoiser_shapes(denoiser_fields, options.image_size, str(source))
   else:
     denoiser_fields, shapes = _denoiser(unet, fields, options, str(source))
-  reader = _Reader(_weights(folder / 'unet'), options, report)
+  reader = Reader(_weights(folder / 'unet'), options.ignore, report)
   backbone_shapes = _backbone(shapes)
   entries = diffusers.unet_entries(
     list(backbone_shapes), _unet_of(denoiser_fields), backbone_shapes
@@ -225,98 +187,11 @@ def _denoiser_of_diffusers(folder, index, fields, options, report):
   rest = {name: shape for name, shape in shapes.items() if not name.startswith('backbone.')}
   parts = {}
   if rest:
-    reader = _Reader(_weights(ours), options, report)
+    reader = Reader(_weights(ours), options.ignore, report)
     entries = condition_encoder.entries(rest)
     parts = reader.read(entries, rest, '', "p2ldm's condition encoder", initial)
     reader.finish()
   return denoiser_fields, {**parts, 'backbone': backbone}
-
-
-class _Reader:
-  """Reads networks out of one file, and keeps account of its tensors."""
-
-  def __init__(self, file: TensorFile, options: Options, report: Report, modern=lambda name: name):
-    self.file, self._options, self._report = file, options, report
-    self._names = {modern(name): name for name in file}
-    self._used = {}
-    report.digests |= file.digests
-
-  def __contains__(self, name: str) -> bool:
-    return name in self._names
-
-  def read(self, entries, shapes: Mapping, prefix: str, kind: str, initial: Callable) -> dict:
-    """Nested parameters of one network.
-
-    Args:
-      entries: of all its tensors.
-      shapes: {name: shape} of ours.
-      prefix: of theirs.
-      kind: what it is, for messages.
-      initial: () -> nested parameters as training begins with; asked where tensors may be missing.
-    """
-    entries = [e._replace(theirs=tuple(prefix + name for name in e.theirs)) for e in entries]
-    params, problems = tensor_layout.convert(_Renamed(self), entries, shapes, self._release)
-    self._used |= {name: entry.ours for entry in entries for name in entry.theirs}
-    allowed = [name for name in problems.missing if self._ignored(name)]
-    missing = [name for name in problems.missing if name not in allowed]
-    tensor_layout.check(problems._replace(missing=missing), self.file.path, kind)
-    nothing = {'shape': None, 'dtype': None, 'became': 'missing', 'file': None}
-    self._report.rows += [{'tensor': name, **nothing} for name in allowed]
-    if allowed:
-      absent = shapes.keys() - params.keys()
-      fresh = traverse_util.flatten_dict(initial(), sep='.')
-      params |= {name: np.asarray(fresh[name], np.float32) for name in absent}
-      self._report.notes.append(f'Missing, and new: {", ".join(sorted(absent))}.')
-    return traverse_util.unflatten_dict(params, sep='.')
-
-  def finish(self, is_aside=lambda name: False):
-    """Says what became of each tensor; raises `UserError` if some are left over."""
-    left = []
-    for name, original in self._names.items():
-      became = self._used.get(name, 'left out')
-      if name not in self._used and not is_aside(name) and not self._ignored(name):
-        left.append(name)
-      self._report.rows.append(
-        {
-          'tensor': original,
-          'shape': list(self.file.shapes[original]),
-          'dtype': self.file.dtypes[original],
-          'became': became,
-          'file': self.file.path.name,
-        }
-      )
-    tensor_layout.check(
-      tensor_layout.Missing([], left, []), self.file.path, 'the networks it was read as'
-    )
-
-  def _ignored(self, name: str) -> bool:
-    return bool(self._options.ignore and re.search(self._options.ignore, name))
-
-  def _release(self, name: str):
-    self.file.release(self._names[name])
-
-  def get(self, name: str) -> np.ndarray:
-    """A tensor by its modern name."""
-    return self.file[self._names[name]]
-
-
-class _Renamed(Mapping):
-  """The tensors of a reader by their modern names."""
-
-  def __init__(self, reader: _Reader):
-    self._reader = reader
-
-  def __getitem__(self, name):
-    return self._reader.get(name)
-
-  def __contains__(self, name):
-    return name in self._reader
-
-  def __iter__(self):
-    raise NotImplementedError
-
-  def __len__(self):
-    raise NotImplementedError
 
 
 def _is_aside(name: str) -> bool:

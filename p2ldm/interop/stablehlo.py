@@ -6,7 +6,7 @@ JAX reads and writes such programs with the small package flatbuffers, which it 
     sampler.stablehlo    the program: conditions and a seed to images, compiled on the machine that runs it
     weights.npz          its weights, unless they are inside
     config.json          shapes, labels, steps, sampler, platforms, checksums
-    load.py              twenty lines that load and call it
+    load.py              loads and calls it
 
   sampler(weights, seed (), first_image (), attributes (B, A) int8, mask (B, S, S) uint8, scales (2,))
     -> images (B, S, S, 3) uint8
@@ -66,8 +66,7 @@ def export(
       weights than fit inside.
   """
   dest = storage.absolute(dest)
-  if dest.exists():
-    raise UserError(f'{dest} exists; it is not replaced. Choose another name, or remove it.')
+  storage.check_absent(dest)
   if parts.denoiser is None:
     raise UserError('This model is an autoencoder alone, and has no sampler to export.')
   unknown = [name for name in platforms if name not in PLATFORMS]

@@ -17,10 +17,8 @@ from p2ldm.errors import UserError
 from p2ldm.interop.weights import sha256
 
 _TORCH = ('.ckpt', '.pt', '.pth', '.bin')
-_HARMLESS = (
-  'pytorch_lightning.',
-  'lightning.',
-)  # classes that a checkpoint names, and we do without
+# Classes that a checkpoint names, and that we do without.
+_HARMLESS = ('pytorch_lightning.', 'lightning.')
 
 
 class TensorFile(Mapping):
@@ -58,16 +56,15 @@ class TensorFile(Mapping):
       raise UserError(
         f'{self.path}: weights are read from .safetensors, {", ".join(_TORCH)} files only.'
       )
-    self._files = {name: file for file in files for name in _names(file)}
     self.digests = {file.name: sha256(file) for file in files or [self.path]}
-    self.shapes, self.dtypes = {}, {}
+    self.shapes, self.dtypes, self._files = {}, {}, {}
     if self._torch is not None:
       self.shapes = {name: tuple(value.shape) for name, value in self._torch.items()}
       self.dtypes = {name: str(v.dtype).partition('.')[2] for name, v in self._torch.items()}
     for file in files:
       with _open(file) as opened:
         for name in opened.keys():  # noqa: SIM118
-          part = opened.get_slice(name)
+          self._files[name], part = file, opened.get_slice(name)
           self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), part.get_dtype()
 
   def __getitem__(self, name: str) -> np.ndarray:
@@ -101,11 +98,6 @@ def _open(path: pathlib.Path):
       f'{path} is not a whole safetensors file ({error}): it is truncated or damaged. Copy or download it '
       'again.'
     ) from error
-
-
-def _names(path: pathlib.Path) -> list[str]:
-  with _open(path) as opened:
-    return list(opened.keys())
 
 
 def _shards(index: pathlib.Path) -> list[pathlib.Path]:

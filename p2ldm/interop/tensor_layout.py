@@ -14,6 +14,18 @@ import numpy as np
 
 from p2ldm.errors import UserError
 
+# What the names of ours become in PyTorch, whatever the format.
+LEAVES = (
+  (r'norm(\w*)\.norm\.(scale|bias)$', r'norm\1.\2'),  # our GroupNorm wraps flax'
+  (r'\.(kernel|scale)$', '.weight'),
+)
+TRANSFORMER = (
+  (r'\.blocks_(\d+)', r'.transformer_blocks.\1'),
+  (r'\.to_out\b', '.to_out.0'),
+  (r'\.ff\.proj_in\b', '.ff.net.0.proj'),
+  (r'\.ff\.proj_out\b', '.ff.net.2'),
+)
+
 
 class Entry(NamedTuple):
   """One tensor of ours, and where it lies in another format.
@@ -92,7 +104,7 @@ def rename(name: str, rules: Iterable[tuple[str, str | Callable]]) -> str:
 
 
 def convert(
-  tensors: Mapping[str, np.ndarray],
+  tensors,
   entries: Iterable[Entry],
   shapes: Mapping[str, tuple[int, ...]],
   release: Callable[[str], None] = lambda name: None,
@@ -100,7 +112,7 @@ def convert(
   """Reads the tensors of ours out of another format's.
 
   Args:
-    tensors: theirs, by name.
+    tensors: theirs by name, what `in` and [] know.
     entries: of all tensors of ours.
     shapes: {name: shape} of ours.
     release: called with each name of theirs once it is used.
