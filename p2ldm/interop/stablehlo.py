@@ -1,12 +1,14 @@
 """The sampler of a model as one StableHLO program (`jax.export`), for machines that have JAX alone.
 
-JAX reads and writes such programs with the small package flatbuffers, which it does not install by itself.
+JAX reads and writes such programs with the small package flatbuffers, which it does not install by itself;
+so that comes along.
 
   DEST/
     sampler.stablehlo    the program: conditions and a seed to images, compiled on the machine that runs it
     weights.npz          its weights, unless they are inside
     config.json          shapes, labels, steps, sampler, platforms, checksums
     load.py              loads and calls it
+    flatbuffers/         for machines that lack it
 
   sampler(weights, seed (), first_image (), attributes (B, A) int8, mask (B, S, S) uint8, scales (2,))
     -> images (B, S, S, 3) uint8
@@ -14,6 +16,8 @@ JAX reads and writes such programs with the small package flatbuffers, which it 
 Image i is a function of (seed, first_image + i) and its own conditions, as in `Pipeline`.
 """
 
+import importlib.metadata
+import importlib.resources
 import json
 import pathlib
 
@@ -103,6 +107,7 @@ def export(
       np.savez(new / 'weights.npz', **given)
       files.append('weights.npz')
     (new / 'load.py').write_text(_LOADER.read_text())
+    _bring_flatbuffers(new / 'flatbuffers')
     digests = {name: weights.sha256(new / name) for name in files}
     config = {
       'image_size': parts.config['image_size'],
@@ -119,6 +124,16 @@ def export(
     }
     (new / 'config.json').write_text(json.dumps(config, indent=1) + '\n')
   return digests
+
+
+def _bring_flatbuffers(folder: pathlib.Path):
+  """Copies the package (pure Python, 110 KB), with the METADATA that name version and licence (Apache)."""
+  folder.mkdir()
+  for file in importlib.resources.files('flatbuffers').iterdir():
+    if file.name.endswith('.py'):
+      (folder / file.name).write_bytes(file.read_bytes())
+  about = importlib.metadata.distribution('flatbuffers').read_text('METADATA')
+  (folder / 'METADATA').write_text(about)
 
 
 def make_sampler(parts: ModelParts, steps: int, sampler: str, dtype):

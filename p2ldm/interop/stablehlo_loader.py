@@ -1,4 +1,4 @@
-"""Draws faces with an exported sampler; needs jax, and flatbuffers, with which jax reads programs.
+"""Draws faces with an exported sampler; needs jax alone.
 
 python load.py faces.npy Smiling=1 Eyeglasses=-1      four faces, (4, S, S, 3) uint8
 """
@@ -15,6 +15,7 @@ import numpy as np
 def load(folder):
   """Returns draw(attributes={}, mask=None, num_images=4, seed=0, first_image=0, scales=(3.0, 1.5))."""
   folder = pathlib.Path(folder)
+  sys.path.append(str(folder.absolute()))  # for flatbuffers, with which jax reads programs
   config = json.loads((folder / 'config.json').read_text())
   program = jax.export.deserialize(bytearray((folder / 'sampler.stablehlo').read_bytes()))
   path, names = folder / 'weights.npz', config['schema']['attributes']
