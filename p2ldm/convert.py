@@ -11,6 +11,7 @@ its tensors. What became of each tensor is in DEST/conversion.json. docs/interop
 result.
 """
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -55,15 +56,14 @@ def convert(
   dest = storage.as_path(dest).expanduser()
   storage.check_absent(dest)
   options = options or importing.Options()
-  with tqdm(desc='reading', total=1, unit='model') as bar:
-    if read == 'p2ldm':
-      parts, report = model_directory.load(storage.as_path(source).expanduser()), {}
-    else:
-      reader = {'compvis': importing.from_compvis, 'diffusers': importing.from_diffusers}[read]
-      parts, found = reader(pathlib.Path(source).expanduser(), options)
-      report = found.to_dict()
-      print(found.text())
-    bar.update()
+  if read == 'p2ldm':
+    parts, report = model_directory.load(storage.as_path(source).expanduser()), {}
+  else:
+    reader = {'compvis': importing.from_compvis, 'diffusers': importing.from_diffusers}[read]
+    options = dataclasses.replace(options, progress=tqdm)
+    parts, found = reader(pathlib.Path(source).expanduser(), options)
+    report = found.to_dict()
+    print(found.text())
   if data:
     parts.config['latents'] = measure_latents(parts, data, num_images)
   if write == 'p2ldm':

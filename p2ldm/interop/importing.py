@@ -28,7 +28,7 @@ _KL_SCALE = 0.18215  # of CompVis' and diffusers' KL autoencoders where nothing 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What a checkpoint does not say by itself.
+  """How a checkpoint is read: what it does not say by itself.
 
   Attributes:
     image_size: pixels square, for the model that results.
@@ -38,6 +38,7 @@ class Options:
     num_heads: of them on every level; 0: as many as head_channels makes.
     scale: of the latents; 0: what the source says, else 1 for VQ and 0.18215 for KL.
     schema: labels of the conditions.
+    progress: wraps the tensors of a network while they are read, as tqdm does.
   """
 
   image_size: int = 256
@@ -47,6 +48,7 @@ class Options:
   num_heads: int = 0
   scale: float = 0.0
   schema: LabelSchema = CELEBAMASK_HQ
+  progress: Callable = lambda items, **_: items
 
 
 def from_compvis(path, options: Options) -> tuple[ModelParts, Report]:
@@ -64,7 +66,7 @@ def from_compvis(path, options: Options) -> tuple[ModelParts, Report]:
     UserError: the file cannot be read, holds another network, or more or less than it.
   """
   file, report = TensorFile(path), Report()
-  reader = Reader(file, options.ignore, report)
+  reader = Reader(file, options, report)
   prefix = compvis.FIRST_STAGE if any(n.startswith(compvis.FIRST_STAGE) for n in file) else ''
   has_unet = any(name.startswith(compvis.UNET) for name in file)
   fields = compvis.autoencoder_fields(_below(file.shapes, prefix), file.path)
@@ -129,7 +131,7 @@ def from_diffusers(folder, options: Options) -> tuple[ModelParts, Report]:
   config = _json(inner / 'config.json')
   fields = diffusers.autoencoder_fields(config, inner / 'config.json')
   fields['norm_groups'] = index.get('norm_groups', fields['norm_groups'])
-  reader = Reader(_weights(inner), options.ignore, report, diffusers.modern_name)
+  reader = Reader(_weights(inner), options, report, diffusers.modern_name)
   shapes = weights.autoencoder_shapes(fields, str(inner / 'config.json'))
   entries = diffusers.autoencoder_entries(shapes, len(fields['channel_multipliers']))
   autoencoder = reader.read(
@@ -172,7 +174,7 @@ def _denoiser_of_diffusers(folder, index, fields, options, report):
     shapes = weights.denoiser_shapes(denoiser_fields, options.image_size, str(source))
   else:
     denoiser_fields, shapes = _denoiser(unet, fields, options, str(source))
-  reader = Reader(_weights(folder / 'unet'), options.ignore, report)
+  reader = Reader(_weights(folder / 'unet'), options, report)
   backbone_shapes = _backbone(shapes)
   entries = diffusers.unet_entries(
     list(backbone_shapes), _unet_of(denoiser_fields), backbone_shapes
@@ -187,7 +189,7 @@ def _denoiser_of_diffusers(folder, index, fields, options, report):
   rest = {name: shape for name, shape in shapes.items() if not name.startswith('backbone.')}
   parts = {}
   if rest:
-    reader = Reader(_weights(ours), options.ignore, report)
+    reader = Reader(_weights(ours), options, report)
     entries = condition_encoder.entries(rest)
     parts = reader.read(entries, rest, '', "p2ldm's condition encoder", initial)
     reader.finish()

@@ -51,16 +51,16 @@ class Report:
 class Reader:
   """Reads networks out of one file, and keeps account of its tensors."""
 
-  def __init__(self, file: TensorFile, ignore: str, report: Report, modern=lambda name: name):
+  def __init__(self, file: TensorFile, options, report: Report, modern=lambda name: name):
     """Takes a file.
 
     Args:
       file: of the tensors.
-      ignore: regular expression of those that may be left over or missing; '' none.
+      options: `importing.Options`, of which `ignore` and `progress` matter here.
       report: receives the account.
       modern: a name in the file -> the one that it has here.
     """
-    self.file, self._ignore, self._report = file, ignore, report
+    self.file, self._options, self._report = file, options, report
     self._names = {modern(name): name for name in file}
     self._used = {}
     report.digests |= file.digests
@@ -82,7 +82,8 @@ class Reader:
       initial: () -> nested parameters as training begins with; asked where tensors may be missing.
     """
     entries = [e._replace(theirs=tuple(prefix + name for name in e.theirs)) for e in entries]
-    params, problems = tensor_layout.convert(self, entries, shapes, self._release)
+    bar = self._options.progress(entries, desc=f'reading {kind}', unit='tensor')
+    params, problems = tensor_layout.convert(self, bar, shapes, self._release)
     self._used |= {name: entry.ours for entry in entries for name in entry.theirs}
     allowed = [name for name in problems.missing if self._ignored(name)]
     missing = [name for name in problems.missing if name not in allowed]
@@ -117,7 +118,7 @@ class Reader:
     )
 
   def _ignored(self, name: str) -> bool:
-    return bool(self._ignore and re.search(self._ignore, name))
+    return bool(self._options.ignore and re.search(self._options.ignore, name))
 
   def _release(self, name: str):
     self.file.release(self._names[name])
