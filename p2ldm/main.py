@@ -80,8 +80,7 @@ def main():
   processes.initialize(
     _MULTI_PROCESS.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
   )
-  if not processes.several():
-    interruptions.catch()  # several processes agree on a step by JAX's own means
+  interruptions.catch()
   use_compilation_cache()
   stages.run(_CONFIG.value, _WORKDIR.value or default_workdir(path))
 

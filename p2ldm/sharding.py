@@ -2,7 +2,7 @@
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from p2ldm.errors import UserError
@@ -33,7 +33,9 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices=None) -> Mesh:
       'Set one of them to -1 to take all devices that the other leaves.'
     )
   types = (AxisType.Auto, AxisType.Auto)
-  return jax.make_mesh((data, fsdp), ('data', 'fsdp'), axis_types=types, devices=devices)
+  # An axis may be part of one of the axes of a TPU's torus, as four of eight chips are.
+  grid = mesh_utils.create_device_mesh((data, fsdp), devices, allow_split_physical_axes=True)
+  return Mesh(grid, ('data', 'fsdp'), axis_types=types)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -113,6 +113,18 @@ def test_sigterm_to_one_of_them_saves_one_checkpoint_and_ends_both(uninterrupted
     np.testing.assert_array_equal(value, parameters(tmp_path)[name])
 
 
+def test_sigterm_before_the_first_step_of_a_resumed_run_ends_both(uninterrupted, tmp_path):
+  assert end(start_two(tmp_path, steps=4)) == [0, 0]
+  both = start_two(tmp_path)
+  while 'SIGTERM is caught' not in (line := both[1].stdout.readline()):
+    assert line, 'process 1 has ended'
+  both[1].send_signal(signal.SIGTERM)
+  assert end(both) == [interruptions.EXIT_STATUS] * 2
+  assert max(map(int, os.listdir(tmp_path / 'toy' / 'checkpoints'))) in (5, 6)
+  assert end(start_two(tmp_path)) == [0, 0]
+  assert losses(tmp_path) == losses(uninterrupted)
+
+
 def test_a_full_disk_stops_with_a_message_and_the_last_checkpoint_stays_whole(
   uninterrupted, tmp_path
 ):

@@ -3,6 +3,7 @@
 python tests/toy_task.py WORKDIR NUM_STEPS PROCESS_ID NUM_PROCESSES PORT [SECONDS_A_STEP]
 """
 
+import sys
 import time
 
 import jax
@@ -12,7 +13,7 @@ import optax
 from ml_collections import ConfigDict
 
 from configs import base
-from p2ldm import processes, sharding
+from p2ldm import interruptions, processes, sharding
 from p2ldm.training import loop
 from p2ldm.training.task import Task
 
@@ -75,6 +76,8 @@ def main(workdir, num_steps, process_id, num_processes, port, pause='0'):
   """Trains with checkpoints every second step, over all devices of all processes."""
   if int(num_processes) > 1:
     processes.initialize(False, f'localhost:{port}', int(num_processes), int(process_id))
+  interruptions.catch()
+  print('SIGTERM is caught', file=sys.stderr, flush=True)
   mesh = sharding.make_mesh(-1, len(jax.devices()))
   task = make_task(
     mesh, float(pause), num_steps=int(num_steps), checkpoint_every=2, evaluate_every=3

@@ -217,14 +217,16 @@ def labelled(
 
 
 def face_names(
-  dataset: PreparedDataset, split: str, examples: np.ndarray | None = None
+  dataset: PreparedDataset, split: str, examples: np.ndarray | None = None, check: bool = True
 ) -> list[str]:
   """The names of a split's faces in record order, or of the records `examples`; no image is decoded.
+
+  `check` is that of `PreparedDataset.records`.
 
   Raises:
     UserError: there is no such split, or a record is damaged.
   """
-  records = dataset.records(split)
+  records = dataset.records(split, check)
 
   def look(indices):
     found = records.__getitems__(indices.tolist())

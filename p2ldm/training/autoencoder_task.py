@@ -83,7 +83,7 @@ def make_task(config, model: Autoencoder, dataset, mesh) -> Task:
       rows=sharding.local_rows(training.batch_size, mesh),
       corrupt=corrupt,
     ),
-    face_names=functools.partial(names_in_batch, config, training, dataset, None),
+    face_names=functools.partial(names_in_batch, config, training, dataset, None, corrupt),
     evaluate=Evaluation(config, model, dataset, mesh, corrupt),
     draw=functools.partial(draw_reconstructions, config, jax.jit(model.apply), dataset, corrupt),
   )

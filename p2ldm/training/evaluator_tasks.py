@@ -102,7 +102,9 @@ def make_task(config, parts: EvaluatorParts, dataset, examples: dict, mesh) -> T
     ),
     gradients=functools.partial(gradients, kind=kind, model=model, loss=loss),
     train_batches=batches,
-    face_names=functools.partial(names_in_batch, config, training, dataset, examples['train']),
+    face_names=functools.partial(
+      names_in_batch, config, training, dataset, examples['train'], corrupt
+    ),
     evaluate=evaluate,
     draw=draw,
   )

@@ -63,13 +63,18 @@ def train(task: Task, workdir, mesh: jax.sharding.Mesh, seed: int, export=None) 
         state = state.replace(params=params, ema_params=jax.tree.map(jnp.copy, averages))
     if int(state.step) >= task.training.num_steps and not owes(directory, int(state.step)):
       return state
+    if not processes.several():  # before minutes of compiling
+      interruptions.check(f'the checkpoint of step {int(state.step)} of {task.name}')
+    if task.training.on_non_finite == 'stop' and int(state.skipped):
+      tqdm.write(f'{task.name}: {int(state.skipped)} updates were skipped before step {int(state.step)}')
+      state = state.replace(skipped=sharding.replicate(np.int32(0), mesh))
     log_parameters(task, state)
     step_fn = jit_step(task, mesh, shardings)
     step_key, frozen = sharding.replicate((step_key, task.frozen), mesh)
     task = dataclasses.replace(task, frozen=frozen)
     return Run(task, step_fn, step_key, directory, mesh, checkpoints, export).run(state)
-  except OSError as error:
-    if not disk_is_full(error):
+  except Exception as error:
+    if isinstance(error, UserError) or not disk_is_full(error):
       raise
     raise UserError(
       f'The disk of {directory} is full ({error}). Its newest checkpoint, of step '
@@ -99,7 +104,7 @@ class Run:
       smoothing=0.05,
     )
     self._log = StepLog(task, self._directory, first, self._writer, self._bar)
-    batches, pending = task.train_batches(first), None
+    batches, pending, vote = task.train_batches(first), None, processes.Vote(self._mesh)
     try:
       if owes(self._directory, first):
         self._look(first, state)
@@ -111,7 +116,7 @@ class Run:
         self._log.add(step - 1, pending)
         pending = metrics
         self._bar.update()
-        stop = interruptions.requested() or processes.reached_preemption(step)
+        stop = vote(interruptions.requested())
         looks, saves = self._looks_due(step), self._due(step, training.checkpoint_every)
         if stop or looks or saves:
           self._log.add(step, pending)  # nothing non-finite is saved or drawn

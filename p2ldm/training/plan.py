@@ -4,6 +4,7 @@ The real train step is lowered and compiled for N virtual CPU devices. Parameter
 of any backend; temporaries are what this compiler needs, without the fusions of an accelerator's.
 """
 
+import dataclasses
 import functools
 import os
 import time
@@ -80,6 +81,9 @@ def make_plan(config, devices: int) -> Plan:
   key = jax.eval_shape(jax.random.key, 0)
   lowered = jit_step(task, mesh, shardings).lower(state, batch, key, None)
   flops = lowered.cost_analysis()['flops']
+  if task.training.accumulation_steps > 1:  # the analysis counts a loop's body once
+    whole = jit_step(in_one_part(task), mesh, shardings).lower(state, batch, key, None)
+    flops = whole.cost_analysis()['flops']
   memory = lowered.compile().memory_analysis()
   denoiser = state.params['denoiser']
   networks |= {'U-Net': count(denoiser['backbone'])}
@@ -127,6 +131,13 @@ def describe(config, mesh, dtype: str):
   example = {name: (x.shape[1:], x.dtype) for name, x in cache.batch(np.zeros(1, int)).items()}
   batch = {name: jax.ShapeDtypeStruct((rows, *s), dtype) for name, (s, dtype) in example.items()}
   return task, {'autoencoder': count(variables)}, batch
+
+
+def in_one_part(task):
+  """The task without gradient accumulation, which takes the same operations."""
+  training = task.training.copy_and_resolve_references()
+  training.accumulation_steps = 1
+  return dataclasses.replace(task, training=training)
 
 
 class Blank:

@@ -25,6 +25,7 @@ from p2ldm.models.denoiser import Denoiser
 from p2ldm.models.layers import resolve_dtype
 from p2ldm.pipeline import Pipeline
 from p2ldm.training import diffusion_task, loop, pretrained, step
+from p2ldm.training.checkpoint import disk_is_full
 from p2ldm.training.evaluator_stages import check_labels, check_size, run_evaluator
 from p2ldm.training.latent_stage import run_latents
 from p2ldm.training.pictures import SampleGrid
@@ -61,9 +62,17 @@ def run(config, workdir):
   """
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   validate(config, mesh)
-  shared = run_before_diffusion(config, workdir, mesh)
-  if 'diffusion' in config.stages:
-    run_diffusion(config, storage.as_path(workdir), mesh, *shared)
+  try:
+    shared = run_before_diffusion(config, workdir, mesh)
+    if 'diffusion' in config.stages:
+      run_diffusion(config, storage.as_path(workdir), mesh, *shared)
+  except Exception as error:  # whatever library wrote
+    if isinstance(error, UserError) or not disk_is_full(error):
+      raise
+    raise UserError(
+      f'The disk of {workdir} is full ({error}). What was saved there before is whole. Free some space, and '
+      'give the same command again.'
+    ) from error
 
 
 def run_before_diffusion(config, workdir, mesh) -> Shared:

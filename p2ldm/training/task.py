@@ -8,8 +8,10 @@ import jax
 import numpy as np
 import optax
 
+from p2ldm.data.corrupt import CorruptRecords
 from p2ldm.data.order import batch_examples
 from p2ldm.data.prepared import PreparedDataset, face_names
+from p2ldm.errors import UserError
 from p2ldm.training.state import TrainState
 
 Batch = dict[str, Any]  # arrays that lead with the batch axis
@@ -58,7 +60,12 @@ class Task:
 
 
 def names_in_batch(
-  config, training, dataset: PreparedDataset, examples: np.ndarray | None, step: int
+  config,
+  training,
+  dataset: PreparedDataset,
+  examples: np.ndarray | None,
+  corrupt: CorruptRecords,
+  step: int,
 ) -> list[str]:
   """The names of the faces in a whole batch that `input_pipeline.train_batches` makes.
 
@@ -67,10 +74,21 @@ def names_in_batch(
     training: the task's section of it.
     dataset: the prepared data set.
     examples: (N,) int64, which faces of the training split are trained on; None for all.
+    corrupt: the records that are known to be corrupt, and were replaced; of one whose name cannot be read,
+      its number is given.
     step: s, from 0.
   """
   split = config.data.train_split
   if examples is None:
     examples = np.arange(dataset.num_examples(split))
-  chosen, _ = batch_examples(config.seed, step, training.batch_size, len(examples), False)
-  return face_names(dataset, split, examples[chosen])
+  unreadable = np.flatnonzero(np.isin(examples, corrupt.indices(split)))
+  size = training.batch_size
+  chosen, _ = batch_examples(config.seed, step, size, len(examples), False, unreadable)
+  return [_name(dataset, split, index) for index in examples[chosen]]
+
+
+def _name(dataset: PreparedDataset, split: str, index: int) -> str:
+  try:
+    return face_names(dataset, split, np.array([index]), check=False)[0]
+  except UserError:
+    return f'record {index} of {split}'
