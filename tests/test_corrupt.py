@@ -6,12 +6,14 @@ import shutil
 import numpy as np
 import pytest
 from array_record.python import array_record_module
+from ml_collections import ConfigDict
 
 from p2ldm.data.corrupt import CorruptRecord, CorruptRecords
 from p2ldm.data.input_pipeline import train_batches
 from p2ldm.data.order import batch_examples
 from p2ldm.data.prepared import face_names, labelled, open_dataset, ordered_batches
 from p2ldm.errors import UserError
+from p2ldm.training.task import names_in_batch
 
 NUM = 45  # training faces of `tiny_faces`
 
@@ -217,6 +219,21 @@ def test_corrupt_records_have_no_labels(one_bad, whole):
   for key, values in expected.items():
     values[7] = False
     np.testing.assert_array_equal(known[key], values)
+
+
+def test_the_faces_of_a_batch_are_named_though_a_record_is_corrupt(one_bad, whole):
+  config = ConfigDict({'seed': 1, 'data': {'train_split': 'train'}})
+  training, known = ConfigDict({'batch_size': NUM}), CorruptRecords(0.1)
+  labelled(one_bad, 'train', known)
+  assert known.indices('train').tolist() == [7]
+  expected = [face_names(whole, 'train')[i] for i in batch_examples(1, 0, NUM, NUM, False)[0]]
+  at = expected.index(face_names(whole, 'train')[7])
+  unknown = CorruptRecords(0.1)  # another process found it
+  names = names_in_batch(config, training, one_bad, None, unknown, 0)
+  assert names == [*expected[:at], 'record 7 of train', *expected[at + 1 :]]
+  names = names_in_batch(config, training, one_bad, None, known, 0)
+  replaced = batch_examples(1, 0, NUM, NUM, False, np.array([7]))[0]
+  assert names == [face_names(whole, 'train')[i] for i in replaced]
 
 
 @pytest.mark.parametrize('share', [-0.1, 1.0, float('nan')])

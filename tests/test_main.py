@@ -14,6 +14,7 @@ import pytest
 
 import p2ldm
 from configs import attributes, autoencoder, base, evaluators, masks, multi, unconditional, variants
+from p2ldm import interruptions
 from p2ldm.errors import UserError
 from p2ldm.models.denoiser import Denoiser
 from p2ldm.prepare import prepare
@@ -295,6 +296,23 @@ def test_bad_usage_is_one_paragraph(arguments, words):
   assert words in ' '.join(result.stderr.split())
   assert result.stderr.startswith('error: ') and result.stderr.count('\n\n') == 0
   assert len(result.stderr) < 1000
+
+
+def test_sigterm_ends_with_the_status_that_says_start_again(tmp_path):
+  code = (
+    'import os, signal\n'
+    'from p2ldm import errors, interruptions, main\n'
+    'from p2ldm.training import stages\n'
+    'def run(config, workdir):\n'
+    '  os.kill(os.getpid(), signal.SIGTERM)\n'
+    '  interruptions.check("all of it")\n'
+    'stages.run = run\n'
+    'errors.run(main.main)\n'
+  )
+  command = [sys.executable, '-c', code, '--config=configs/multi.py:tiny', f'--workdir={tmp_path}']
+  done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+  assert done.returncode == interruptions.EXIT_STATUS, done.stderr
+  assert 'Give the same command again' in done.stderr
 
 
 def test_help_shows_the_flags():

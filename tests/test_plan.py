@@ -82,3 +82,4 @@ def test_micro_batches_and_rematerialization_are_in_the_plan():
   parts = plan.make_plan(config, 1)
   assert parts.temporary_bytes < whole.temporary_bytes
   assert parts.state_bytes == whole.state_bytes
+  assert parts.flops == pytest.approx(whole.flops, rel=0.01)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
 import tiny_latents
 from ml_collections import ConfigDict
 
@@ -224,6 +225,24 @@ def test_a_non_finite_loss_is_skipped_and_counted_where_the_config_says_so(cache
   assert record['faces'] == names_of(cache, 4)
 
 
+def test_a_run_that_has_skipped_a_step_can_go_on_with_stopping_at_the_next(cache, tmp_path):
+  task, mesh = make_task(cache, 4, on_non_finite='skip')
+  loop.train(spoil(task, 4), tmp_path, mesh, seed=0)
+  task, mesh = make_task(cache, 6)
+  assert task.training.on_non_finite == 'stop'
+  state = loop.train(task, tmp_path, mesh, seed=0)
+  assert (int(state.step), int(state.skipped)) == (6, 0)
+
+
+def test_a_full_disk_is_said_whoever_writes(cache, tmp_path):
+  def export(state):
+    raise safetensors.SafetensorError('I/O error: No space left on device (os error 28)')
+
+  task, mesh = make_task(cache, 2, sample_every=1)
+  with pytest.raises(UserError, match='is full.*Free some space'):
+    loop.train(task, tmp_path, mesh, seed=0, export=export)
+
+
 def test_skipping_without_end_stops(cache, tmp_path, monkeypatch):
   monkeypatch.setattr(loop, 'MAX_SKIPPED', 3)
   task, mesh = make_task(cache, 9, on_non_finite='skip')
@@ -310,6 +329,19 @@ def test_a_checkpoint_of_another_architecture_is_refused(cache, tmp_path):
 def test_a_batch_that_does_not_split_over_the_devices_is_refused(cache, tmp_path):
   with pytest.raises(UserError, match=r'diffusion\.training\.batch_size = 12'):
     train(cache, tmp_path, 1, devices=8, batch_size=12)
+
+
+@pytest.mark.parametrize('fsdp', [4, 8])
+def test_a_mesh_over_a_torus_splits_its_axes(fsdp):
+  class Chip:
+    platform, device_kind, core_on_chip, process_index, slice_index = 'tpu', 'TPU v6 lite', 0, 0, 0
+
+    def __init__(self, i):
+      self.id, self.coords = i, (i % 16, i // 16, 0)
+
+  mesh = sharding.make_mesh(-1, fsdp, [Chip(i) for i in range(256)])
+  assert mesh.devices.shape == (256 // fsdp, fsdp)
+  assert len({chip.id for chip in mesh.devices.flat}) == 256
 
 
 def test_a_mesh_that_does_not_fit_the_devices_is_refused():

@@ -66,7 +66,9 @@ def train(task: Task, workdir, mesh: jax.sharding.Mesh, seed: int, export=None) 
     if not processes.several():  # before minutes of compiling
       interruptions.check(f'the checkpoint of step {int(state.step)} of {task.name}')
     if task.training.on_non_finite == 'stop' and int(state.skipped):
-      tqdm.write(f'{task.name}: {int(state.skipped)} updates were skipped before step {int(state.step)}')
+      tqdm.write(
+        f'{task.name}: {int(state.skipped)} updates were skipped before step {int(state.step)}'
+      )
       state = state.replace(skipped=sharding.replicate(np.int32(0), mesh))
     log_parameters(task, state)
     step_fn = jit_step(task, mesh, shardings)
