@@ -100,6 +100,7 @@ worker() {
       while alive; do sleep "$2"; done >/dev/null 2>&1 </dev/null &
       tail -n "$1" -s "$2" -F --pid=$! run.log
       ;;
+    tail) tail -n 20 run.log | sed "s/^/$(hostname): /" ;;
     status) [ ! -e run.status ] || echo "status=$(cat run.status)" ;;
     stop)
       if alive; then
@@ -182,7 +183,10 @@ if [ "$command" = all ] || [ "$command" = train ]; then
     *) bad_usage 'give a --workdir=gs://BUCKET/... after --: what is on the VM is deleted with it' ;;
   esac
   case " $* " in
-    *'--config.data.dir'*'gs://'* | *':tiny '*) ;;
+    *'--config.data.dir'*'gs://'*) ;;
+    *':tiny '*) # renders its faces, on the disk of worker 0
+      [ "$pod" = 0 ] || bad_usage 'a pod slice needs a --config.data.dir=gs://BUCKET/..., which all workers read'
+      ;;
     *) note 'no --config.data.dir=gs://...: the config itself has to name a data set that the VM can read' ;;
   esac
 elif [ $# -gt 0 ]; then
@@ -337,6 +341,12 @@ start() {
   remote all "p2ldm/run_tpu.sh worker start $restarts $(quoted "${program[@]}")"
 }
 
+# Of a pod slice, what every worker printed last: the one that failed may not be worker 0.
+show_workers() {
+  note 'the run failed; the last lines of every worker:'
+  remote all 'p2ldm/run_tpu.sh worker tail' || note 'not all workers can be reached'
+}
+
 # Follows the log to its end. status: the run's exit status, or "lost" where the TPU was taken away.
 follow() {
   local lines=+1 failures=0 ended
@@ -348,10 +358,16 @@ follow() {
     [ "$dry_run" = 0 ] || status=0
     case "$status" in
       terminated) status=lost && return ;;
-      ?*) training=0 && return ;;
+      0) training=0 && return ;;
+      ?*)
+        training=0
+        [ "$pod" = 0 ] || show_workers
+        return
+        ;;
     esac
     if [ "$ended" = 1 ]; then
       training=0
+      [ "$pod" = 0 ] || show_workers
       fail 'the run was killed on worker 0 (its log: above). The same command goes on from the newest checkpoint.'
     fi
     if taken_away; then

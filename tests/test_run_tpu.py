@@ -217,6 +217,7 @@ def test_overrides_reach_the_run_as_they_were_given():
     ([*_ONE_HOST, '--colour=red', '--', *_RUN], '--colour=red'),
     ([*_ONE_HOST], 'after --'),
     ([*_ONE_HOST, '--', '--config=configs/multi.py', '--workdir=runs/multi'], 'gs://'),
+    ([*_POD, '--', '--config=configs/multi.py:tiny', '--workdir=gs://b/run'], 'all workers read'),
     (['down', '--zone=z', '--', *_RUN], 'no arguments'),
   ],
 )
@@ -337,6 +338,14 @@ def test_the_whole_way_with_an_interruption(cloud):
     with tarfile.open(cloud.path / worker / 'p2ldm.tar.gz') as archive:
       assert archive.getnames() == ['run_tpu.sh']
   assert len(cloud.calls('create')) == len(cloud.calls('delete', '--force')) == 1
+  assert not (cloud.path / 'exists').exists()
+
+
+def test_a_pod_slice_that_fails_shows_what_every_worker_printed_before_it_is_deleted(cloud):
+  status, log, messages = cloud(*_POD, runs=[2])
+  assert status == 2
+  assert 'the last lines of every worker' in messages
+  assert log.count('this run ends with 2') == 3  # followed on worker 0, then of both
   assert not (cloud.path / 'exists').exists()
 
 
