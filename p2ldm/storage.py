@@ -105,6 +105,28 @@ def check_absent(path):
     raise UserError(f'{path} exists; it is not replaced. Choose another name, or remove it.')
 
 
+def move(source, target):
+  """Gives a folder another name, which nothing has; the folder of that name is made.
+
+  In a bucket its objects are copied, then removed; a process that is killed meanwhile leaves both folders.
+  """
+  source, target = as_path(source), as_path(target)
+  if not is_remote(source):
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source.rename(target)
+    return
+  bucket = connect(source.parts[2])
+  root, there = (str(path).partition('://')[2] for path in (source, target))
+  with _explained(source):
+    names = bucket.find(root)
+    for name in names:
+      bucket.cp_file(name, there + name.removeprefix(root))
+    for name in sorted(
+      names, key=lambda name: name.count('/')
+    ):  # those that say it is complete first
+      bucket.rm_file(name)
+
+
 @contextlib.contextmanager
 def new_directory(
   directory, last: str, ours: Collection[str] | None = None
