@@ -2,7 +2,8 @@
 
 On a disk a new file or folder is written beside the old one and takes its name in one step. A bucket has no
 such step for folders: there their files are copied one by one, and the one by which readers tell that a
-folder is complete goes first and comes back last.
+folder is complete goes first and comes back last. Meanwhile a file `.unfinished` says that whatever a process
+that was killed leaves there may be replaced.
 
 What libraries read themselves (array_record, memory maps, safetensors) is copied from a bucket to this
 machine before it is opened: `local_copy`.
@@ -26,6 +27,7 @@ from p2ldm.errors import UserError
 
 Path = pathlib.Path | epath.Path
 CACHE = pathlib.Path('~/.cache/p2ldm/remote')
+UNFINISHED = '.unfinished'
 
 
 def is_remote(path) -> bool:
@@ -100,8 +102,8 @@ def read_json(path):
 
 
 def check_absent(path):
-  """Raises `UserError` if something has this name already."""
-  if as_path(path).exists():
+  """Raises `UserError` if something has this name already, an upload that was broken off aside."""
+  if as_path(path).exists() and not is_unfinished(path):
     raise UserError(f'{path} exists; it is not replaced. Choose another name, or remove it.')
 
 
@@ -127,6 +129,19 @@ def move(source, target):
       bucket.rm_file(name)
 
 
+def is_unfinished(directory) -> bool:
+  """Whether a folder in a bucket is what is left of an upload that was broken off."""
+  return is_remote(directory) and (as_path(directory) / UNFINISHED).exists()
+
+
+def is_vacant(directory) -> bool:
+  """Whether nothing is lost by writing a folder: it is missing, empty or unfinished."""
+  directory = as_path(directory)
+  if not directory.exists() or is_unfinished(directory):
+    return True
+  return directory.is_dir() and not any(directory.iterdir())
+
+
 @contextlib.contextmanager
 def new_directory(
   directory, last: str, ours: Collection[str] | None = None
@@ -146,12 +161,14 @@ def new_directory(
   if is_remote(directory):
     with temporary(directory) as new:
       yield new
+      write_bytes(directory / UNFINISHED, b'')
       (directory / last).unlink(missing_ok=True)
       upload(new, directory, last)
-      written = {path.name for path in new.iterdir()}
+      written = {UNFINISHED, *(path.name for path in new.iterdir())}
       for path in list(directory.iterdir()):
         if path.name not in written and (ours is None or path.name in ours):
           path.rmtree() if path.is_dir() else path.unlink()
+      (directory / UNFINISHED).unlink()
     return
   new = directory.with_name(f'.{directory.name}.{os.getpid()}.new')
   old = directory.with_name(f'.{directory.name}.{os.getpid()}.old')

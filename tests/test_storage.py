@@ -104,6 +104,15 @@ def test_a_folder_is_replaced_as_a_whole(place):
   assert names(place) == {'d'}
 
 
+def test_a_folder_is_moved(place):
+  for name in ('3/a', '3/b/c', '30/a'):
+    storage.write_text(place / 'old' / name, name)
+  storage.move(place / 'old' / '3', place / 'new' / 'x' / '3.0')
+  assert names(place / 'old') == {'30'}
+  assert names(place / 'new' / 'x') == {'3.0'}
+  assert (place / 'new' / 'x' / '3.0' / 'b' / 'c').read_text() == '3/b/c'
+
+
 def test_what_is_not_ours_in_a_folder_stays(place):
   write_folder(place, '1', 'a', 'b')
   storage.write_text(place / 'd' / 'figures' / 'mine', 'mine')
@@ -134,6 +143,61 @@ def test_a_folder_in_a_bucket_is_incomplete_until_its_last_file_is_there(bucket,
   monkeypatch.setattr(client, 'put_file', look)
   write_folder(place, '2', 'a', 'z')
   assert seen == [('a', False), ('z', False), ('last', False)]
+
+
+def broken_off(monkeypatch, after: str, write):
+  """Calls `write`, which is killed when it has uploaded the file `after`."""
+  client = storage.connect('faces')
+  put = client.put_file
+
+  def put_and_die(source, target):
+    put(source, target)
+    if target.endswith(after):
+      raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(client, 'put_file', put_and_die)
+    write()
+
+
+@pytest.mark.parametrize('after', ['README.md', 'autoencoder.safetensors', 'config.json'])
+def test_a_model_is_uploaded_again_after_a_kill(bucket, monkeypatch, after):
+  parts, directory = tiny_model.make_parts(), storage.as_path(bucket) / 'killed' / after / 'model'
+  for _ in range(2):  # where there was nothing, and where there was a model
+    broken_off(monkeypatch, after, lambda: model_directory.save(directory, parts))
+    assert storage.is_unfinished(directory)
+    storage.write_text(directory / 'mine', 'mine')
+    model_directory.save(directory, parts)
+    assert names(directory) == {*model_directory._FILES, 'mine'}
+    model_directory.load(directory)
+
+
+def test_an_evaluator_is_uploaded_again_after_a_kill(bucket, monkeypatch):
+  parts, directory = tiny_evaluator(), storage.as_path(bucket) / 'killed' / 'parser' / 'model'
+  for _ in range(2):
+    broken_off(monkeypatch, 'README.md', lambda: evaluator_directory.save(directory, parts))
+    assert not evaluator_directory.exists(directory, 'parser')
+    evaluator_directory.save(directory, parts)
+    assert evaluator_directory.load(directory, 'parser').ceiling == parts.ceiling
+
+
+def test_a_data_set_is_prepared_again_after_a_kill(bucket, monkeypatch, raw_faces):
+  out = storage.as_path(bucket) / 'killed' / 'faces'
+  broken_off(monkeypatch, 'schema.json', lambda: prepare.prepare(raw_faces, out, image_size=32))
+  with pytest.raises(UserError, match='is no prepared data set'):
+    open_dataset(out)
+  prepare.prepare(raw_faces, out, image_size=32)
+  assert storage.UNFINISHED not in names(out)
+  assert open_dataset(out).image_size == 32
+
+
+def test_what_is_left_of_an_upload_is_as_good_as_absent(bucket, monkeypatch):
+  place = storage.as_path(bucket) / 'killed'
+  broken_off(monkeypatch, 'a', lambda: write_folder(place, '1', 'a'))
+  storage.check_absent(place / 'd')
+  write_folder(place, '1', 'a')
+  with pytest.raises(UserError, match='exists; it is not replaced'):
+    storage.check_absent(place / 'd')
 
 
 def test_files_join_those_of_a_folder(place):
