@@ -1,6 +1,7 @@
 """Folders and files on a disk or in a bucket (gs://), and writing them whole or not at all.
 
-On a disk a new file or folder is written beside the old one and takes its name in one step. A bucket has no
+On a disk a new file or folder is written beside the old one and takes its name in one step; what a killed
+process leaves beside it is cleared away by the next that writes there. A bucket has no
 such step for folders: there their files are copied one by one, and the one by which readers tell that a
 folder is complete goes first and comes back last. Meanwhile a file `.unfinished` says that whatever a process
 that was killed leaves there may be replaced.
@@ -16,8 +17,11 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Collection, Iterator
 
 from etils import epath
@@ -28,6 +32,7 @@ from p2ldm.errors import UserError
 Path = pathlib.Path | epath.Path
 CACHE = pathlib.Path('~/.cache/p2ldm/remote')
 UNFINISHED = '.unfinished'
+_A_DAY = 24 * 3600  # seconds
 
 
 def is_remote(path) -> bool:
@@ -170,9 +175,11 @@ def new_directory(
           path.rmtree() if path.is_dir() else path.unlink()
       (directory / UNFINISHED).unlink()
     return
-  new = directory.with_name(f'.{directory.name}.{os.getpid()}.new')
-  old = directory.with_name(f'.{directory.name}.{os.getpid()}.old')
-  shutil.rmtree(new, ignore_errors=True)
+  clear_leftovers(directory)
+  new, old = (
+    directory.with_name(f'.{directory.name}.{_host()}-{os.getpid()}.{end}')
+    for end in ('new', 'old')
+  )
   try:
     new.mkdir(parents=True)
     yield new
@@ -191,6 +198,44 @@ def new_directory(
   finally:
     shutil.rmtree(new, ignore_errors=True)
   shutil.rmtree(old, ignore_errors=True)
+
+
+def clear_leftovers(directory: pathlib.Path):
+  """Repairs what processes that were killed in `new_directory` left beside a folder on a disk.
+
+  A folder that had been renamed, and whose successor never took its name, gets it back. Others are removed:
+  those of processes of this machine that live no more, and what is older than a day of other machines, of
+  whose processes nothing is known.
+  """
+  pattern = re.compile(rf'\.{re.escape(directory.name)}\.(?:([^.]+)-)?(\d{{1,9}})\.(new|old)')
+  for path in sorted(directory.parent.glob('.*.old')) + sorted(directory.parent.glob('.*.new')):
+    match = pattern.fullmatch(path.name)
+    if not match:
+      continue
+    here, pid = match[1] == _host(), int(match[2])
+    if here and pid != os.getpid() and _lives(pid):
+      continue
+    with contextlib.suppress(OSError):  # another process may be doing the same
+      if match[3] == 'old' and not directory.exists():
+        path.rename(directory)
+      elif here or path.stat().st_mtime < time.time() - _A_DAY:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _host() -> str:
+  """The machine's name, without dots."""
+  return socket.gethostname().partition('.')[0]
+
+
+def _lives(pid: int) -> bool:
+  """Whether there is such a process on this machine."""
+  try:
+    os.kill(pid, 0)
+  except ProcessLookupError:
+    return False
+  except PermissionError:  # of another user
+    return True
+  return True
 
 
 @contextlib.contextmanager

@@ -4,8 +4,10 @@ import importlib.util
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -128,6 +130,61 @@ def test_an_error_on_the_way_leaves_the_old_folder(place):
     raise KeyError
   assert names(place / 'd') == {'a', 'last'}
   assert names(place) == {'d'}
+
+
+def beside(place, of: str, end: str, days: float = 0.0):
+  """A folder that a process left beside `place`/d."""
+  path = place / f'.d.{of}.{end}'
+  path.mkdir()
+  (path / 'last').write_text(of)
+  then = time.time() - days * 24 * 3600
+  os.utime(path, (then, then))
+  return path.name
+
+
+DIE_BETWEEN = """
+import os, pathlib, sys
+from p2ldm import storage
+rename = pathlib.Path.rename
+def die(path, target):
+  rename(path, target)
+  if str(target).endswith('.old'):
+    os._exit(9)
+pathlib.Path.rename = die
+with storage.new_directory(sys.argv[1], last='last') as new:
+  (new / 'last').write_text('2')
+"""
+
+
+def test_a_folder_whose_writer_was_killed_between_its_two_renames_comes_back(tmp_path):
+  write_folder(tmp_path, '1', 'a')
+  child = subprocess.run([sys.executable, '-c', DIE_BETWEEN, str(tmp_path / 'd')], check=False)
+  assert child.returncode == 9
+  assert len(names(tmp_path)) == 2
+  assert not (tmp_path / 'd').exists()
+  with pytest.raises(KeyError), storage.new_directory(tmp_path / 'd', last='last'):
+    assert (tmp_path / 'd' / 'a').read_text() == '1'
+    raise KeyError
+  assert names(tmp_path) == {'d'}
+  assert names(tmp_path / 'd') == {'a', 'last'}
+
+
+def test_what_killed_processes_left_is_cleared_away_and_what_others_write_is_not(tmp_path):
+  host = socket.gethostname().partition('.')[0]
+  dead = subprocess.Popen([sys.executable, '-c', ''])
+  dead.wait()
+  write_folder(tmp_path, '1', 'a')
+  for end in ('new', 'old'):
+    beside(tmp_path, f'{host}-{dead.pid}', end)
+    beside(tmp_path, f'{host}-{os.getpid()}', end)  # of an earlier process: containers count from 1
+    beside(tmp_path, 'elsewhere-7', end, days=1.1)
+    beside(tmp_path, '8', end, days=1.1)  # of an earlier version
+  kept = {beside(tmp_path, f'{host}-{os.getppid()}', end, days=3) for end in ('new', 'old')}
+  kept |= {beside(tmp_path, of, 'new', days=0.9) for of in ('elsewhere-9', '9')}
+  kept |= {beside(tmp_path, f'more.{host}-{dead.pid}', 'new', days=3)}  # of d.more
+  write_folder(tmp_path, '2', 'a')
+  assert names(tmp_path) == {'d', *kept}
+  assert (tmp_path / 'd' / 'a').read_text() == '2'
 
 
 def test_a_folder_in_a_bucket_is_incomplete_until_its_last_file_is_there(bucket, monkeypatch):
