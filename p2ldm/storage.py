@@ -75,7 +75,7 @@ def write_bytes(path, content: bytes):
   """Writes a file, whole or not at all; one that is there is replaced. Its folder is made."""
   path = as_path(path)
   if is_remote(path):
-    with _explained(path):
+    with explained(path):
       path.write_bytes(content)  # objects appear when they are complete
     return
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +124,7 @@ def move(source, target):
     return
   bucket = connect(source.parts[2])
   root, there = (str(path).partition('://')[2] for path in (source, target))
-  with _explained(source):
+  with explained(source):
     names = bucket.find(root)
     for name in names:
       bucket.cp_file(name, there + name.removeprefix(root))
@@ -282,7 +282,7 @@ def local_copy(directory) -> pathlib.Path:
   place = CACHE.expanduser() / hashlib.sha256(url.encode()).hexdigest()[:16]
   copy, record = place / directory.name, place / 'objects.json'
   root, bucket = url.partition('://')[2], connect(directory.parts[2])
-  with _explained(url):
+  with explained(url):
     found = bucket.find(root, detail=True)
   objects = {
     name.removeprefix(root).lstrip(
@@ -299,7 +299,7 @@ def local_copy(directory) -> pathlib.Path:
   changed = [n for n, v in objects.items() if known.get(n) != v or not (copy / n).is_file()]
   for name in tqdm(changed, desc=f'fetching {url}', unit='file', disable=not changed):
     partial = place / f'{os.getpid()}.partial'
-    with _explained(url):
+    with explained(url):
       bucket.get_file(f'{root}/{name}', str(partial))
     (copy / name).parent.mkdir(parents=True, exist_ok=True)
     partial.replace(copy / name)
@@ -327,7 +327,7 @@ def upload(folder: pathlib.Path, directory: epath.Path, last: str):
   files = sorted(path for path in folder.rglob('*') if path.is_file())
   bucket = connect(directory.parts[2])
   for path in sorted(files, key=lambda path: path == folder / last):
-    with _explained(directory):
+    with explained(directory):
       bucket.put_file(str(path), str(directory / path.relative_to(folder).as_posix()))
 
 
@@ -343,14 +343,14 @@ def connect(name: str):
 
   # Other processes and TensorStore write beside this one: what was listed before is not to be trusted.
   fsspec.config.conf.setdefault('gcs', {})['use_listings_cache'] = False
-  with _explained(f'gs://{name}'):
+  with explained(f'gs://{name}'):
     storage = fsspec.filesystem('gcs')
     storage.find(f'{name}/.p2ldm')
   return storage
 
 
 @contextlib.contextmanager
-def _explained(url):
+def explained(url):
   """Whatever goes wrong with a bucket (many types of error) becomes a `UserError`."""
   try:
     yield

@@ -23,6 +23,7 @@ from p2ldm.data.prepared import open_dataset, ordered_batches
 from p2ldm.errors import UserError
 from p2ldm.interop import evaluator_directory, model_directory, weights
 from p2ldm.interop.evaluator_directory import EvaluatorParts
+from p2ldm.training import lease, workdir
 from p2ldm.training.metrics import MetricWriter
 from p2ldm.training.workdir import check_origin, open_workdir
 
@@ -361,30 +362,110 @@ def test_raw_data_stay_on_this_machine(tmp_path):
 def test_a_workdir_in_a_bucket_belongs_to_one_run(bucket):
   url = f'{bucket}/workdir'
   config = ConfigDict({'seed': 0, 'stages': ('autoencoder',)})
-  workdir = open_workdir(url, config)
-  assert json.loads((workdir / 'config.json').read_text())['seed'] == 0
+  folder = open_workdir(url, config)
+  assert json.loads((folder / 'config.json').read_text())['seed'] == 0
   open_workdir(url, ConfigDict({'seed': 0, 'stages': ()}))
   with pytest.raises(UserError, match='gs://faces/workdir was begun with seed = 0'):
     open_workdir(url, ConfigDict({'seed': 1, 'stages': ()}))
-  check_origin(workdir / 'diffusion', {'data set': 'x'})
+  check_origin(folder / 'diffusion', {'data set': 'x'})
   with pytest.raises(UserError, match='another data set'):
-    check_origin(workdir / 'diffusion', {'data set': 'y'})
+    check_origin(folder / 'diffusion', {'data set': 'y'})
+
+
+HOLD = """
+import sys, time
+from p2ldm.training import lease, workdir
+lease.RENEWED, lease.EXPIRES = 0.2, 3
+workdir.claim(sys.argv[1])
+print('claimed', flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def short_leases(monkeypatch):
+  monkeypatch.setattr(lease, 'RENEWED', 0.2)
+  monkeypatch.setattr(lease, 'EXPIRES', 3.0)
+  monkeypatch.setattr(workdir, '_claimed', {})
+
+
+def hold(url):
+  """A process that has claimed a workdir."""
+  command = [sys.executable, '-c', HOLD, url]
+  other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+  assert other.stdout.readline() == b'claimed\n'
+  return other
+
+
+def test_a_second_run_in_a_bucket_is_refused_while_the_first_lives(bucket, short_leases, capsys):
+  url, start = f'{bucket}/leased', time.monotonic()
+  with hold(url) as other:
+    for _ in range(2):
+      with pytest.raises(
+        UserError, match=rf'Another run is at work in {url} \(process {other.pid} on '
+      ):
+        workdir.claim(url)
+    time.sleep(max(0, 4 - (time.monotonic() - start)))  # longer than a lease that is not renewed
+    with pytest.raises(UserError, match='Another run'):
+      workdir.claim(url)
+    capsys.readouterr()
+    other.kill()
+    other.wait()
+    workdir.claim(url)
+    said = capsys.readouterr().err
+    assert said.count('waiting, 3 seconds at most') == 1
+  workdir.claim(url)  # its own
+  workdir._claimed[url].release()
+
+
+def test_a_run_that_ends_leaves_no_lease(bucket, short_leases, capsys):
+  url = f'{bucket}/left'
+  with hold(url) as other:
+    other.communicate(b'end\n')
+  assert not (storage.as_path(url) / 'lock').exists()
+  workdir.claim(url)
+  assert 'waiting' not in capsys.readouterr().err
+  workdir._claimed[url].release()
+  assert not (storage.as_path(url) / 'lock').exists()
+
+
+def test_of_two_that_take_an_expired_lease_one_gets_it(bucket, short_leases, monkeypatch):
+  url = f'{bucket}/raced'
+  storage.write_json(f'{url}/lock', {'holder': 'one that was killed', 'written': 0.0})
+  expired = lease._expired
+
+  def be_slower(found, since):
+    storage.write_json(f'{url}/lock', {'holder': 'the faster one', 'written': time.time()})
+    return expired(found, since)
+
+  monkeypatch.setattr(lease, '_expired', be_slower)
+  with pytest.raises(UserError, match='Another run is at work .*the faster one'):
+    workdir.claim(url)
+  assert storage.read_json(f'{url}/lock')['holder'] == 'the faster one'
+
+
+def test_a_run_whose_lease_was_taken_over_ends(bucket, short_leases):
+  url = f'{bucket}/taken'
+  with hold(url) as other:
+    storage.write_json(f'{url}/lock', {'holder': 'another one', 'written': time.time()})
+    assert other.wait(30) == 1
+  assert storage.read_json(f'{url}/lock')['holder'] == 'another one'
 
 
 def test_a_model_in_a_bucket(bucket):
-  parts, workdir = tiny_model.make_parts(), storage.as_path(f'{bucket}/model_run')
-  model_directory.save(workdir / 'model', parts)
-  storage.write_text(workdir / 'model' / 'figures' / 'mine', 'mine')
-  model_directory.save(workdir / 'model', parts)
-  assert (workdir / 'model' / 'figures' / 'mine').read_text() == 'mine'
+  parts, run = tiny_model.make_parts(), storage.as_path(f'{bucket}/model_run')
+  model_directory.save(run / 'model', parts)
+  storage.write_text(run / 'model' / 'figures' / 'mine', 'mine')
+  model_directory.save(run / 'model', parts)
+  assert (run / 'model' / 'figures' / 'mine').read_text() == 'mine'
   loaded = model_directory.load(f'{bucket}/model_run')
   jax.tree.map(np.testing.assert_array_equal, loaded.denoiser, parts.denoiser)
   jax.tree.map(np.testing.assert_array_equal, loaded.autoencoder, parts.autoencoder)
   with pytest.raises(UserError, match='no model directory gs://faces/no_model'):
     model_directory.load(f'{bucket}/no_model')
-  storage.write_text(workdir / 'else' / 'a', 'a')
+  storage.write_text(run / 'else' / 'a', 'a')
   with pytest.raises(UserError, match='not a model directory'):
-    model_directory.save(workdir / 'else', parts)
+    model_directory.save(run / 'else', parts)
 
 
 def test_an_evaluator_in_a_bucket(bucket):
