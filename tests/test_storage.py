@@ -359,7 +359,7 @@ def test_raw_data_stay_on_this_machine(tmp_path):
     prepare.prepare('gs://faces/raw', tmp_path / 'out', image_size=32)
 
 
-def test_a_workdir_in_a_bucket_belongs_to_one_run(bucket):
+def test_a_workdir_in_a_bucket_belongs_to_one_run(bucket, short_leases):
   url = f'{bucket}/workdir'
   config = ConfigDict({'seed': 0, 'stages': ('autoencoder',)})
   folder = open_workdir(url, config)
@@ -370,6 +370,7 @@ def test_a_workdir_in_a_bucket_belongs_to_one_run(bucket):
   check_origin(folder / 'diffusion', {'data set': 'x'})
   with pytest.raises(UserError, match='another data set'):
     check_origin(folder / 'diffusion', {'data set': 'y'})
+  workdir._claimed[url].release()
 
 
 HOLD = """
