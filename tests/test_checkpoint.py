@@ -10,7 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from p2ldm import sharding, storage
+from p2ldm import processes, sharding, storage
 from p2ldm.data import latent_chunks
 from p2ldm.errors import UserError
 from p2ldm.training import checkpoint
@@ -216,6 +216,28 @@ def test_what_cannot_be_reached_is_no_damage(saved, tmp_path, monkeypatch, error
   assert files(directory) == before
   assert [path.name for path in tmp_path.iterdir()] == ['checkpoints']
   check(restore(directory, mesh_of(1)), 3)
+
+
+@pytest.mark.parametrize('here', [None, checkpoint.Damaged('a flipped bit')], ids=str)
+@pytest.mark.parametrize(
+  'there', [checkpoint.Damaged('a half'), checkpoint.Unreachable('no answer')], ids=str
+)
+def test_all_processes_fail_alike(monkeypatch, here, there):
+  messages = []
+
+  def gather(message):
+    messages.append(message)
+    return np.stack(messages)
+
+  monkeypatch.setattr(processes, 'several', lambda: True)
+  monkeypatch.setattr(processes, 'barrier', lambda name: None)
+  monkeypatch.setattr(checkpoint.multihost_utils, 'process_allgather', gather)
+  with pytest.raises(type(there), match=f'process 0: {there}'):
+    checkpoint.agree(there)
+  with pytest.raises(type(there), match=f'process 0: {there}'):
+    checkpoint.agree(here)
+  messages.clear()
+  checkpoint.agree(None)
 
 
 def test_a_damaged_checkpoint_in_a_bucket_is_passed_over(bucket, capsys):
