@@ -169,7 +169,7 @@ def _check_out(raw: pathlib.Path | None, out: storage.Path, overwrite: bool):
     raise UserError(f'--out={out} lies in the raw data set {raw}; choose another folder.')
   if raw and out.resolve() in raw.resolve().parents and overwrite:
     raise UserError(f'--out={out} holds the raw data set {raw}; choose another folder.')
-  if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+  if storage.is_vacant(out):
     return
   if not (out / 'prepare.json').is_file():
     raise UserError(

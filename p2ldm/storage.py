@@ -1,8 +1,10 @@
 """Folders and files on a disk or in a bucket (gs://), and writing them whole or not at all.
 
-On a disk a new file or folder is written beside the old one and takes its name in one step. A bucket has no
+On a disk a new file or folder is written beside the old one and takes its name in one step; what a killed
+process leaves beside it is cleared away by the next that writes there. A bucket has no
 such step for folders: there their files are copied one by one, and the one by which readers tell that a
-folder is complete goes first and comes back last.
+folder is complete goes first and comes back last. Meanwhile a file `.unfinished` says that whatever a process
+that was killed leaves there may be replaced.
 
 What libraries read themselves (array_record, memory maps, safetensors) is copied from a bucket to this
 machine before it is opened: `local_copy`.
@@ -15,8 +17,11 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Collection, Iterator
 
 from etils import epath
@@ -26,6 +31,8 @@ from p2ldm.errors import UserError
 
 Path = pathlib.Path | epath.Path
 CACHE = pathlib.Path('~/.cache/p2ldm/remote')
+UNFINISHED = '.unfinished'
+_A_DAY = 24 * 3600  # seconds
 
 
 def is_remote(path) -> bool:
@@ -68,7 +75,7 @@ def write_bytes(path, content: bytes):
   """Writes a file, whole or not at all; one that is there is replaced. Its folder is made."""
   path = as_path(path)
   if is_remote(path):
-    with _explained(path):
+    with explained(path):
       path.write_bytes(content)  # objects appear when they are complete
     return
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,9 +107,44 @@ def read_json(path):
 
 
 def check_absent(path):
-  """Raises `UserError` if something has this name already."""
-  if as_path(path).exists():
+  """Raises `UserError` if something has this name already, an upload that was broken off aside."""
+  if as_path(path).exists() and not is_unfinished(path):
     raise UserError(f'{path} exists; it is not replaced. Choose another name, or remove it.')
+
+
+def move(source, target):
+  """Gives a folder another name, which nothing has; the folder of that name is made.
+
+  In a bucket its objects are copied, then removed; a process that is killed meanwhile leaves both folders.
+  """
+  source, target = as_path(source), as_path(target)
+  if not is_remote(source):
+    target.parent.mkdir(parents=True, exist_ok=True)
+    source.rename(target)
+    return
+  bucket = connect(source.parts[2])
+  root, there = (str(path).partition('://')[2] for path in (source, target))
+  with explained(source):
+    names = bucket.find(root)
+    for name in names:
+      bucket.cp_file(name, there + name.removeprefix(root))
+    for name in sorted(
+      names, key=lambda name: name.count('/')
+    ):  # those that say it is complete first
+      bucket.rm_file(name)
+
+
+def is_unfinished(directory) -> bool:
+  """Whether a folder in a bucket is what is left of an upload that was broken off."""
+  return is_remote(directory) and (as_path(directory) / UNFINISHED).exists()
+
+
+def is_vacant(directory) -> bool:
+  """Whether nothing is lost by writing a folder: it is missing, empty or unfinished."""
+  directory = as_path(directory)
+  if not directory.exists() or is_unfinished(directory):
+    return True
+  return directory.is_dir() and not any(directory.iterdir())
 
 
 @contextlib.contextmanager
@@ -124,16 +166,20 @@ def new_directory(
   if is_remote(directory):
     with temporary(directory) as new:
       yield new
+      write_bytes(directory / UNFINISHED, b'')
       (directory / last).unlink(missing_ok=True)
       upload(new, directory, last)
-      written = {path.name for path in new.iterdir()}
+      written = {UNFINISHED, *(path.name for path in new.iterdir())}
       for path in list(directory.iterdir()):
         if path.name not in written and (ours is None or path.name in ours):
           path.rmtree() if path.is_dir() else path.unlink()
+      (directory / UNFINISHED).unlink()
     return
-  new = directory.with_name(f'.{directory.name}.{os.getpid()}.new')
-  old = directory.with_name(f'.{directory.name}.{os.getpid()}.old')
-  shutil.rmtree(new, ignore_errors=True)
+  clear_leftovers(directory)
+  new, old = (
+    directory.with_name(f'.{directory.name}.{_host()}-{os.getpid()}.{end}')
+    for end in ('new', 'old')
+  )
   try:
     new.mkdir(parents=True)
     yield new
@@ -152,6 +198,44 @@ def new_directory(
   finally:
     shutil.rmtree(new, ignore_errors=True)
   shutil.rmtree(old, ignore_errors=True)
+
+
+def clear_leftovers(directory: pathlib.Path):
+  """Repairs what processes that were killed in `new_directory` left beside a folder on a disk.
+
+  A folder that had been renamed, and whose successor never took its name, gets it back. Others are removed:
+  those of processes of this machine that live no more, and what is older than a day of other machines, of
+  whose processes nothing is known.
+  """
+  pattern = re.compile(rf'\.{re.escape(directory.name)}\.(?:([^.]+)-)?(\d{{1,9}})\.(new|old)')
+  for path in sorted(directory.parent.glob('.*.old')) + sorted(directory.parent.glob('.*.new')):
+    match = pattern.fullmatch(path.name)
+    if not match:
+      continue
+    here, pid = match[1] == _host(), int(match[2])
+    if here and pid != os.getpid() and _lives(pid):
+      continue
+    with contextlib.suppress(OSError):  # another process may be doing the same
+      if match[3] == 'old' and not directory.exists():
+        path.rename(directory)
+      elif here or path.stat().st_mtime < time.time() - _A_DAY:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _host() -> str:
+  """The machine's name, without dots."""
+  return socket.gethostname().partition('.')[0]
+
+
+def _lives(pid: int) -> bool:
+  """Whether there is such a process on this machine."""
+  try:
+    os.kill(pid, 0)
+  except ProcessLookupError:
+    return False
+  except PermissionError:  # of another user
+    return True
+  return True
 
 
 @contextlib.contextmanager
@@ -198,7 +282,7 @@ def local_copy(directory) -> pathlib.Path:
   place = CACHE.expanduser() / hashlib.sha256(url.encode()).hexdigest()[:16]
   copy, record = place / directory.name, place / 'objects.json'
   root, bucket = url.partition('://')[2], connect(directory.parts[2])
-  with _explained(url):
+  with explained(url):
     found = bucket.find(root, detail=True)
   objects = {
     name.removeprefix(root).lstrip(
@@ -215,7 +299,7 @@ def local_copy(directory) -> pathlib.Path:
   changed = [n for n, v in objects.items() if known.get(n) != v or not (copy / n).is_file()]
   for name in tqdm(changed, desc=f'fetching {url}', unit='file', disable=not changed):
     partial = place / f'{os.getpid()}.partial'
-    with _explained(url):
+    with explained(url):
       bucket.get_file(f'{root}/{name}', str(partial))
     (copy / name).parent.mkdir(parents=True, exist_ok=True)
     partial.replace(copy / name)
@@ -243,7 +327,7 @@ def upload(folder: pathlib.Path, directory: epath.Path, last: str):
   files = sorted(path for path in folder.rglob('*') if path.is_file())
   bucket = connect(directory.parts[2])
   for path in sorted(files, key=lambda path: path == folder / last):
-    with _explained(directory):
+    with explained(directory):
       bucket.put_file(str(path), str(directory / path.relative_to(folder).as_posix()))
 
 
@@ -259,14 +343,14 @@ def connect(name: str):
 
   # Other processes and TensorStore write beside this one: what was listed before is not to be trusted.
   fsspec.config.conf.setdefault('gcs', {})['use_listings_cache'] = False
-  with _explained(f'gs://{name}'):
+  with explained(f'gs://{name}'):
     storage = fsspec.filesystem('gcs')
     storage.find(f'{name}/.p2ldm')
   return storage
 
 
 @contextlib.contextmanager
-def _explained(url):
+def explained(url):
   """Whatever goes wrong with a bucket (many types of error) becomes a `UserError`."""
   try:
     yield

@@ -125,6 +125,22 @@ def test_sigterm_before_the_first_step_of_a_resumed_run_ends_both(uninterrupted,
   assert losses(tmp_path) == losses(uninterrupted)
 
 
+def test_damage_that_one_of_them_finds_is_passed_over_by_both(uninterrupted, tmp_path):
+  assert end(start_two(tmp_path, steps=4)) == [0, 0]
+  shards = tmp_path / 'toy' / 'checkpoints' / '4' / 'state' / 'ocdbt.process_1' / 'd'
+  largest = max(shards.iterdir(), key=lambda path: path.stat().st_size)
+  largest.write_bytes(largest.read_bytes()[:100])
+  both = start_two(tmp_path)
+  said = [' '.join(process.communicate(timeout=120)[0].split()) for process in both]
+  assert [process.returncode for process in both] == [0, 0], said
+  assert 'is damaged: process 1: ' in said[0]
+  assert 'Going on from the checkpoint of step 2' in said[0]
+  assert (tmp_path / 'toy' / 'checkpoints.damaged' / '4.0').is_dir()
+  assert losses(tmp_path) == losses(uninterrupted)
+  for name, value in parameters(uninterrupted).items():
+    np.testing.assert_array_equal(value, parameters(tmp_path)[name])
+
+
 def test_a_full_disk_stops_with_a_message_and_the_last_checkpoint_stays_whole(
   uninterrupted, tmp_path
 ):

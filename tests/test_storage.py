@@ -4,8 +4,10 @@ import importlib.util
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -21,6 +23,7 @@ from p2ldm.data.prepared import open_dataset, ordered_batches
 from p2ldm.errors import UserError
 from p2ldm.interop import evaluator_directory, model_directory, weights
 from p2ldm.interop.evaluator_directory import EvaluatorParts
+from p2ldm.training import lease, workdir
 from p2ldm.training.metrics import MetricWriter
 from p2ldm.training.workdir import check_origin, open_workdir
 
@@ -104,6 +107,15 @@ def test_a_folder_is_replaced_as_a_whole(place):
   assert names(place) == {'d'}
 
 
+def test_a_folder_is_moved(place):
+  for name in ('3/a', '3/b/c', '30/a'):
+    storage.write_text(place / 'old' / name, name)
+  storage.move(place / 'old' / '3', place / 'new' / 'x' / '3.0')
+  assert names(place / 'old') == {'30'}
+  assert names(place / 'new' / 'x') == {'3.0'}
+  assert (place / 'new' / 'x' / '3.0' / 'b' / 'c').read_text() == '3/b/c'
+
+
 def test_what_is_not_ours_in_a_folder_stays(place):
   write_folder(place, '1', 'a', 'b')
   storage.write_text(place / 'd' / 'figures' / 'mine', 'mine')
@@ -121,6 +133,61 @@ def test_an_error_on_the_way_leaves_the_old_folder(place):
   assert names(place) == {'d'}
 
 
+def beside(place, of: str, end: str, days: float = 0.0):
+  """A folder that a process left beside `place`/d."""
+  path = place / f'.d.{of}.{end}'
+  path.mkdir()
+  (path / 'last').write_text(of)
+  then = time.time() - days * 24 * 3600
+  os.utime(path, (then, then))
+  return path.name
+
+
+DIE_BETWEEN = """
+import os, pathlib, sys
+from p2ldm import storage
+rename = pathlib.Path.rename
+def die(path, target):
+  rename(path, target)
+  if str(target).endswith('.old'):
+    os._exit(9)
+pathlib.Path.rename = die
+with storage.new_directory(sys.argv[1], last='last') as new:
+  (new / 'last').write_text('2')
+"""
+
+
+def test_a_folder_whose_writer_was_killed_between_its_two_renames_comes_back(tmp_path):
+  write_folder(tmp_path, '1', 'a')
+  child = subprocess.run([sys.executable, '-c', DIE_BETWEEN, str(tmp_path / 'd')], check=False)
+  assert child.returncode == 9
+  assert len(names(tmp_path)) == 2
+  assert not (tmp_path / 'd').exists()
+  with pytest.raises(KeyError), storage.new_directory(tmp_path / 'd', last='last'):
+    assert (tmp_path / 'd' / 'a').read_text() == '1'
+    raise KeyError
+  assert names(tmp_path) == {'d'}
+  assert names(tmp_path / 'd') == {'a', 'last'}
+
+
+def test_what_killed_processes_left_is_cleared_away_and_what_others_write_is_not(tmp_path):
+  host = socket.gethostname().partition('.')[0]
+  dead = subprocess.Popen([sys.executable, '-c', ''])
+  dead.wait()
+  write_folder(tmp_path, '1', 'a')
+  for end in ('new', 'old'):
+    beside(tmp_path, f'{host}-{dead.pid}', end)
+    beside(tmp_path, f'{host}-{os.getpid()}', end)  # of an earlier process: containers count from 1
+    beside(tmp_path, 'elsewhere-7', end, days=1.1)
+    beside(tmp_path, '8', end, days=1.1)  # of an earlier version
+  kept = {beside(tmp_path, f'{host}-{os.getppid()}', end, days=3) for end in ('new', 'old')}
+  kept |= {beside(tmp_path, of, 'new', days=0.9) for of in ('elsewhere-9', '9')}
+  kept |= {beside(tmp_path, f'more.{host}-{dead.pid}', 'new', days=3)}  # of d.more
+  write_folder(tmp_path, '2', 'a')
+  assert names(tmp_path) == {'d', *kept}
+  assert (tmp_path / 'd' / 'a').read_text() == '2'
+
+
 def test_a_folder_in_a_bucket_is_incomplete_until_its_last_file_is_there(bucket, monkeypatch):
   place = storage.as_path(bucket) / 'incomplete'
   write_folder(place, '1', 'a', 'z')
@@ -134,6 +201,61 @@ def test_a_folder_in_a_bucket_is_incomplete_until_its_last_file_is_there(bucket,
   monkeypatch.setattr(client, 'put_file', look)
   write_folder(place, '2', 'a', 'z')
   assert seen == [('a', False), ('z', False), ('last', False)]
+
+
+def broken_off(monkeypatch, after: str, write):
+  """Calls `write`, which is killed when it has uploaded the file `after`."""
+  client = storage.connect('faces')
+  put = client.put_file
+
+  def put_and_die(source, target):
+    put(source, target)
+    if target.endswith(after):
+      raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(client, 'put_file', put_and_die)
+    write()
+
+
+@pytest.mark.parametrize('after', ['README.md', 'autoencoder.safetensors', 'config.json'])
+def test_a_model_is_uploaded_again_after_a_kill(bucket, monkeypatch, after):
+  parts, directory = tiny_model.make_parts(), storage.as_path(bucket) / 'killed' / after / 'model'
+  for _ in range(2):  # where there was nothing, and where there was a model
+    broken_off(monkeypatch, after, lambda: model_directory.save(directory, parts))
+    assert storage.is_unfinished(directory)
+    storage.write_text(directory / 'mine', 'mine')
+    model_directory.save(directory, parts)
+    assert names(directory) == {*model_directory._FILES, 'mine'}
+    model_directory.load(directory)
+
+
+def test_an_evaluator_is_uploaded_again_after_a_kill(bucket, monkeypatch):
+  parts, directory = tiny_evaluator(), storage.as_path(bucket) / 'killed' / 'parser' / 'model'
+  for _ in range(2):
+    broken_off(monkeypatch, 'README.md', lambda: evaluator_directory.save(directory, parts))
+    assert not evaluator_directory.exists(directory, 'parser')
+    evaluator_directory.save(directory, parts)
+    assert evaluator_directory.load(directory, 'parser').ceiling == parts.ceiling
+
+
+def test_a_data_set_is_prepared_again_after_a_kill(bucket, monkeypatch, raw_faces):
+  out = storage.as_path(bucket) / 'killed' / 'faces'
+  broken_off(monkeypatch, 'schema.json', lambda: prepare.prepare(raw_faces, out, image_size=32))
+  with pytest.raises(UserError, match='is no prepared data set'):
+    open_dataset(out)
+  prepare.prepare(raw_faces, out, image_size=32)
+  assert storage.UNFINISHED not in names(out)
+  assert open_dataset(out).image_size == 32
+
+
+def test_what_is_left_of_an_upload_is_as_good_as_absent(bucket, monkeypatch):
+  place = storage.as_path(bucket) / 'killed'
+  broken_off(monkeypatch, 'a', lambda: write_folder(place, '1', 'a'))
+  storage.check_absent(place / 'd')
+  write_folder(place, '1', 'a')
+  with pytest.raises(UserError, match='exists; it is not replaced'):
+    storage.check_absent(place / 'd')
 
 
 def test_files_join_those_of_a_folder(place):
@@ -237,33 +359,114 @@ def test_raw_data_stay_on_this_machine(tmp_path):
     prepare.prepare('gs://faces/raw', tmp_path / 'out', image_size=32)
 
 
-def test_a_workdir_in_a_bucket_belongs_to_one_run(bucket):
+def test_a_workdir_in_a_bucket_belongs_to_one_run(bucket, short_leases):
   url = f'{bucket}/workdir'
   config = ConfigDict({'seed': 0, 'stages': ('autoencoder',)})
-  workdir = open_workdir(url, config)
-  assert json.loads((workdir / 'config.json').read_text())['seed'] == 0
+  folder = open_workdir(url, config)
+  assert json.loads((folder / 'config.json').read_text())['seed'] == 0
   open_workdir(url, ConfigDict({'seed': 0, 'stages': ()}))
   with pytest.raises(UserError, match='gs://faces/workdir was begun with seed = 0'):
     open_workdir(url, ConfigDict({'seed': 1, 'stages': ()}))
-  check_origin(workdir / 'diffusion', {'data set': 'x'})
+  check_origin(folder / 'diffusion', {'data set': 'x'})
   with pytest.raises(UserError, match='another data set'):
-    check_origin(workdir / 'diffusion', {'data set': 'y'})
+    check_origin(folder / 'diffusion', {'data set': 'y'})
+  workdir._claimed[url].release()
+
+
+HOLD = """
+import sys, time
+from p2ldm.training import lease, workdir
+lease.RENEWED, lease.EXPIRES = 0.2, 3
+workdir.claim(sys.argv[1])
+print('claimed', flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def short_leases(monkeypatch):
+  monkeypatch.setattr(lease, 'RENEWED', 0.2)
+  monkeypatch.setattr(lease, 'EXPIRES', 3.0)
+  monkeypatch.setattr(workdir, '_claimed', {})
+
+
+def hold(url):
+  """A process that has claimed a workdir."""
+  command = [sys.executable, '-c', HOLD, url]
+  other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+  assert other.stdout.readline() == b'claimed\n'
+  return other
+
+
+def test_a_second_run_in_a_bucket_is_refused_while_the_first_lives(bucket, short_leases, capsys):
+  url, start = f'{bucket}/leased', time.monotonic()
+  with hold(url) as other:
+    for _ in range(2):
+      with pytest.raises(
+        UserError, match=rf'Another run is at work in {url} \(process {other.pid} on '
+      ):
+        workdir.claim(url)
+    time.sleep(max(0, 4 - (time.monotonic() - start)))  # longer than a lease that is not renewed
+    with pytest.raises(UserError, match='Another run'):
+      workdir.claim(url)
+    capsys.readouterr()
+    other.kill()
+    other.wait()
+    workdir.claim(url)
+    said = capsys.readouterr().err
+    assert said.count('waiting, 3 seconds at most') == 1
+  workdir.claim(url)  # its own
+  workdir._claimed[url].release()
+
+
+def test_a_run_that_ends_leaves_no_lease(bucket, short_leases, capsys):
+  url = f'{bucket}/left'
+  with hold(url) as other:
+    other.communicate(b'end\n')
+  assert not (storage.as_path(url) / 'lock').exists()
+  workdir.claim(url)
+  assert 'waiting' not in capsys.readouterr().err
+  workdir._claimed[url].release()
+  assert not (storage.as_path(url) / 'lock').exists()
+
+
+def test_of_two_that_take_an_expired_lease_one_gets_it(bucket, short_leases, monkeypatch):
+  url = f'{bucket}/raced'
+  storage.write_json(f'{url}/lock', {'holder': 'one that was killed', 'written': 0.0})
+  expired = lease._expired
+
+  def be_slower(found, since):
+    storage.write_json(f'{url}/lock', {'holder': 'the faster one', 'written': time.time()})
+    return expired(found, since)
+
+  monkeypatch.setattr(lease, '_expired', be_slower)
+  with pytest.raises(UserError, match='Another run is at work .*the faster one'):
+    workdir.claim(url)
+  assert storage.read_json(f'{url}/lock')['holder'] == 'the faster one'
+
+
+def test_a_run_whose_lease_was_taken_over_ends(bucket, short_leases):
+  url = f'{bucket}/taken'
+  with hold(url) as other:
+    storage.write_json(f'{url}/lock', {'holder': 'another one', 'written': time.time()})
+    assert other.wait(30) == 1
+  assert storage.read_json(f'{url}/lock')['holder'] == 'another one'
 
 
 def test_a_model_in_a_bucket(bucket):
-  parts, workdir = tiny_model.make_parts(), storage.as_path(f'{bucket}/model_run')
-  model_directory.save(workdir / 'model', parts)
-  storage.write_text(workdir / 'model' / 'figures' / 'mine', 'mine')
-  model_directory.save(workdir / 'model', parts)
-  assert (workdir / 'model' / 'figures' / 'mine').read_text() == 'mine'
+  parts, run = tiny_model.make_parts(), storage.as_path(f'{bucket}/model_run')
+  model_directory.save(run / 'model', parts)
+  storage.write_text(run / 'model' / 'figures' / 'mine', 'mine')
+  model_directory.save(run / 'model', parts)
+  assert (run / 'model' / 'figures' / 'mine').read_text() == 'mine'
   loaded = model_directory.load(f'{bucket}/model_run')
   jax.tree.map(np.testing.assert_array_equal, loaded.denoiser, parts.denoiser)
   jax.tree.map(np.testing.assert_array_equal, loaded.autoencoder, parts.autoencoder)
   with pytest.raises(UserError, match='no model directory gs://faces/no_model'):
     model_directory.load(f'{bucket}/no_model')
-  storage.write_text(workdir / 'else' / 'a', 'a')
+  storage.write_text(run / 'else' / 'a', 'a')
   with pytest.raises(UserError, match='not a model directory'):
-    model_directory.save(workdir / 'else', parts)
+    model_directory.save(run / 'else', parts)
 
 
 def test_an_evaluator_in_a_bucket(bucket):

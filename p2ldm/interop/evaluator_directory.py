@@ -76,8 +76,7 @@ def save(directory, parts: EvaluatorParts) -> EvaluatorParts:
     UserError: `directory` holds something else, or the parts do not fit one another.
   """
   directory = storage.absolute(directory)
-  empty = not directory.exists() or (directory.is_dir() and not any(directory.iterdir()))
-  if not empty and _kind(directory) is None:
+  if not storage.is_vacant(directory) and _kind(directory) is None:
     raise UserError(
       f'{directory} exists and is not an evaluator directory, so it is not replaced. Choose another '
       'name, or remove it.'

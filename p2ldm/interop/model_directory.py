@@ -141,7 +141,7 @@ def find(directory) -> storage.Path:
 
 
 def _check_replaceable(directory: storage.Path):
-  if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+  if storage.is_vacant(directory):
     return
   config = storage.read_json(directory / 'config.json')
   if not isinstance(config, dict) or not set(model_config.KEYS) <= config.keys():

@@ -20,6 +20,7 @@ import socket
 
 from p2ldm import processes, storage
 from p2ldm.errors import UserError
+from p2ldm.training.lease import Lease
 
 # What may change between a run's beginning and its continuation.
 _FREE = (
@@ -34,7 +35,7 @@ _FREE = (
   'probe',
   'evaluation',
 )
-_claimed = {}  # the lock files this process holds, by workdir
+_claimed = {}  # the lock files and leases this process holds, by workdir
 # Keys that earlier versions had not, and what they amount to.
 _ADDED = {
   'denoiser.pretrained': '',
@@ -115,12 +116,15 @@ def claim(workdir):
   """Makes the workdir, and keeps all other runs out of it until this process ends.
 
   The lock is the operating system's (flock on WORKDIR/lock): it ends with the process, however that ends.
-  In a bucket there is none.
+  In a bucket it is a `Lease`, which outlives a process that is killed by five minutes.
 
   Raises:
     UserError: another run is at work there, or nothing can be written there.
+    interruptions.Interrupted: SIGTERM came while it waited for such a lease to expire.
   """
   if storage.is_remote(workdir):
+    if str(workdir) not in _claimed:
+      _claimed[str(workdir)] = Lease(workdir)
     return
   workdir = pathlib.Path(workdir).absolute()
   if workdir in _claimed:
