@@ -30,7 +30,7 @@ def requested() -> bool:
 def check(saved: str):
   """Raises `Interrupted` if SIGTERM has come; `saved` says what is kept, for the message."""
   if _requested:
-    raise Interrupted(saved)
+    raise Interrupted(f'Stopped by SIGTERM; kept: {saved}.')
 
 
 def _note(signum, frame):

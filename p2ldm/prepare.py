@@ -19,7 +19,7 @@ from absl import flags
 from tqdm import tqdm
 
 import p2ldm
-from p2ldm import errors, storage
+from p2ldm import errors, interruptions, storage
 from p2ldm.data import image_files, splits
 from p2ldm.data.labels import LabelSchema
 from p2ldm.data.raw import open_raw
@@ -85,6 +85,10 @@ def prepare(
   # Imports TensorFlow, which `--help` and early errors need not wait for.
   from p2ldm.data import celebamask_hq
 
+  def advance():
+    interruptions.check(f'nothing of {out}, which is written as a whole')
+    bar.update()
+
   with _new_directory(out) as work, tqdm(total=len(good), unit='face') as bar:
     (work / 'unfinished').mkdir()
     try:
@@ -96,7 +100,7 @@ def prepare(
         image_size=image_size,
         resample=resample,
         skip_bad=skip_bad,
-        advance=bar.update,
+        advance=advance,
       )
     except UserError as error:
       raise error if skip_bad else UserError(f'{error} {_SKIP_HINT}') from error

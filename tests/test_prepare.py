@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from p2ldm import interruptions
 from p2ldm.data.labels import CELEBAMASK_HQ, LabelSchema
 from p2ldm.data.prepared import open_dataset, ordered_batches
 from p2ldm.errors import UserError
@@ -450,3 +451,18 @@ def test_command_prepares_and_reports(raw, tmp_path):
     assert text in done.stdout
   jpg = Image.open(raw / IMAGES / '0.jpg').resize((16, 16), Image.BOX)
   assert (read(out, 'train')['image'][0] == np.asarray(jpg)).all()
+
+
+@pytest.mark.parametrize('at, kept', [(3, 'none of the faces'), (11, 'nothing of')])
+def test_sigterm_while_rendering_or_preparing_leaves_nothing(tmp_path, monkeypatch, at, kept):
+  saved = []
+
+  def check(what):
+    saved.append(what)
+    if len(saved) > at:
+      raise interruptions.Interrupted(what)
+
+  monkeypatch.setattr(interruptions, 'check', check)
+  with pytest.raises(interruptions.Interrupted, match=kept):
+    prepare_embedded(tmp_path / 'faces', 8, 32)
+  assert not list(tmp_path.iterdir())

@@ -16,6 +16,7 @@ import numpy as np
 import tqdm
 from PIL import Image
 
+from p2ldm import interruptions
 from p2ldm.data import face_drawing, face_features, face_hair, face_wear
 from p2ldm.data.face_canvas import Scene
 from p2ldm.data.face_traits import sample_traits, visible_attributes
@@ -110,11 +111,19 @@ def _write_faces(folder: pathlib.Path, num_faces: int, size: int, seed: int) -> 
   progress = functools.partial(tqdm.tqdm, total=num_faces, desc='Drawing faces', unit='face')
   workers = min(os.cpu_count() or 1, num_faces // FACES_PER_WORKER)
   if workers < 2:
-    return list(progress(map(write, range(num_faces))))
+    return _collect(progress(map(write, range(num_faces))))
   # spawn, not fork: the caller may have threads of JAX or TensorFlow running.
   context = multiprocessing.get_context('spawn')
   with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-    return list(progress(pool.map(write, range(num_faces), chunksize=16)))
+    return _collect(progress(pool.map(write, range(num_faces), chunksize=16)))
+
+
+def _collect(rows) -> list[np.ndarray]:
+  found = []
+  for row in rows:
+    interruptions.check('none of the faces that were being rendered')
+    found.append(row)
+  return found
 
 
 def _write_face(folder: pathlib.Path, size: int, seed: int, index: int) -> np.ndarray:
