@@ -3,7 +3,7 @@
   python -m benchmarks.importing --out=importing
 
 Draws the weights of VQ-f4 and of the unconditional U-Net of the paper's size at random, and writes them as
-CompVis/latent-diffusion's training would, raw weights and moving average: as safetensors and, where PyTorch is
+CompVis/latent-diffusion's training would, raw weights and moving average: as safetensors and, if PyTorch is
 installed, as a .ckpt. Each is imported by `python -m p2ldm.convert` in a process of its own. Prints a
 Markdown table; the memory is the largest resident set of that process.
 """
