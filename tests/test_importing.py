@@ -112,7 +112,7 @@ def test_a_latent_diffusion_model_draws_without_conditions(tmp_path, ema):
   bias = parts.denoiser['backbone']['time_in']['bias']
   np.testing.assert_array_equal(bias, unet()['time_embed.0.bias'] + ema)
   assert 'heads: 16 channels' in report.text()
-  faces = np.stack(Pipeline.load(tmp_path / 'model')(num_images=2, steps=2))
+  faces = np.stack(Pipeline.from_pretrained(tmp_path / 'model')(num_images=2, steps=2))
   assert faces.shape == (2, 32, 32, 3) and faces.std() > 5 and (faces[0] != faces[1]).any()
 
 
