@@ -164,9 +164,9 @@ def get_config() -> ConfigDict:
         'chunk_size': 1_024,  # records in a chunk, which is made by one process and kept when it is done
       },
       'denoiser': {
-        # A model directory or a workdir whose denoiser training starts from (as far as shapes allow; what is
-        # new starts without effect), with its statistics of the latents; '' starts from nothing. Needs the
-        # same autoencoder: set autoencoder.pretrained to the same.
+        # A model directory or a workdir whose denoiser training starts from (as far as shapes allow; after an
+        # unconditional one, what is new starts without effect), with its statistics of the latents; '' starts
+        # from nothing. Needs the same autoencoder: set autoencoder.pretrained to the same.
         'pretrained': '',
         # How each condition gets in. attributes: 'cross_attention', 'timestep' or 'none';
         # mask: 'cross_attention', 'concatenation' or 'none'.
@@ -187,7 +187,8 @@ def get_config() -> ConfigDict:
           'head_channels': 32,
           'num_heads': 0,  # of every attention; 0: as many as head_channels makes
           # A plain attention block before each transformer: what an unconditional model has in its place, so
-          # that training can start from one (denoiser.pretrained).
+          # that training can start from one (denoiser.pretrained). diffusers has no such U-Net: a model with
+          # it cannot be exported there (to StableHLO it can).
           'attention_blocks': False,
           'transformer_depth': 1,
           'dropout': 0.0,

@@ -36,7 +36,8 @@ def convert(
     dest: the folder to make.
     read, write: formats, as --from and --to.
     options: `importing.Options`; what a checkpoint does not say by itself.
-    data: a prepared data set whose first `num_images` faces give the statistics of the latents.
+    data: a prepared data set whose first `num_images` faces give the statistics of the latents, for an
+      autoencoder alone.
     num_images: how many of them.
     **export: of `stablehlo.export`.
 
@@ -45,11 +46,11 @@ def convert(
 
   Raises:
     UserError: the source cannot be read, holds another network, or cannot be written in that format; `dest`
-      exists.
+      exists; `data` is given for a model with a denoiser.
   """
   from tqdm import tqdm
 
-  from p2ldm.interop import diffusers_export, importing, model_directory, stablehlo
+  from p2ldm.interop import importing, model_directory
 
   if read == write:
     raise UserError(f'--from and --to are both {read}: there is nothing to convert.')
@@ -57,25 +58,48 @@ def convert(
   storage.check_absent(dest)
   options = options or importing.Options()
   if read == 'p2ldm':
-    parts, report = model_directory.load(storage.as_path(source).expanduser()), {}
+    parts = model_directory.load(storage.as_path(source).expanduser())
+    report = {'files': parts.config['sha256'], 'notes': []}
   else:
     reader = {'compvis': importing.from_compvis, 'diffusers': importing.from_diffusers}[read]
     options = dataclasses.replace(options, progress=tqdm)
     parts, found = reader(pathlib.Path(source).expanduser(), options)
     report = found.to_dict()
     print(found.text())
+  if data and parts.denoiser is not None:
+    raise UserError(
+      f'{source} holds a denoiser, which was trained on latents of its own statistics: with those of --data '
+      'it would draw nonsense. Leave --data away; it is for an autoencoder alone.'
+    )
   if data:
     parts.config['latents'] = measure_latents(parts, data, num_images)
-  if write == 'p2ldm':
-    model_directory.save(dest, parts)
-    report['written'] = json.loads((dest / 'config.json').read_text())['sha256']
-  elif write == 'diffusers':
-    report['written'] = diffusers_export.export(parts, dest, tqdm)
-  else:
-    report['written'] = stablehlo.export(parts, dest, **export)
   report['statistics_of_latents'] = parts.config['latents']
-  storage.write_json(dest / 'conversion.json', report)
+  is_pipeline = write == 'diffusers' and parts.denoiser is not None
+  last = (
+    'model_index.json' if is_pipeline else 'config.json'
+  )  # by which readers know that it is whole
+  with storage.new_directory(dest, last) as new:
+    new.rmdir()  # the writers make it
+    found = _write(parts, new, write, export)
+    report['written'] = found['written']
+    if 'tensors' in found:
+      report['tensors_written' if 'tensors' in report else 'tensors'] = found['tensors']
+    storage.write_json(new / 'conversion.json', report)
   return report
+
+
+def _write(parts, new: pathlib.Path, write: str, export: dict) -> dict:
+  """Writes a model in the format `write`; {'written': {file: SHA-256}, and maybe 'tensors'}."""
+  from tqdm import tqdm
+
+  from p2ldm.interop import diffusers_export, model_directory, stablehlo
+
+  if write == 'diffusers':
+    return diffusers_export.export(parts, new, tqdm)
+  if write == 'stablehlo':
+    return stablehlo.export(parts, new, progress=tqdm, **export)
+  model_directory.save(new, parts)
+  return {'written': json.loads((new / 'config.json').read_text())['sha256']}
 
 
 def measure_latents(parts, data, num_images: int) -> dict:
@@ -125,7 +149,10 @@ def define_flags():
     'ignore', '', 'Regular expression of tensors that may be left over, or be missing.'
   )
   flags.DEFINE_integer(
-    'image_size', 256, 'Pixels square that the model is for (compvis, diffusers).'
+    'image_size',
+    0,
+    'Pixels square that the model is for (compvis, diffusers). 0: what SOURCE says, else 256.',
+    lower_bound=0,
   )
   flags.DEFINE_boolean('ema', True, "The U-Net's moving average, where there is one (compvis).")
   flags.DEFINE_integer(
@@ -140,7 +167,11 @@ def define_flags():
     'What latents are multiplied by. 0: what SOURCE says, else 1 (VQ) or 0.18215 (KL).',
   )
   flags.DEFINE_string('schema', None, 'JSON of labels for the conditions (default: CelebAMask-HQ).')
-  flags.DEFINE_string('data', None, 'Prepared data set to measure the statistics of latents on.')
+  flags.DEFINE_string(
+    'data',
+    None,
+    'Prepared data set to measure the statistics of latents on, for an autoencoder alone.',
+  )
   flags.DEFINE_integer('num_latents', 1_024, 'Faces of --data that are measured.')
   flags.DEFINE_integer('steps', 50, 'Evaluations of the network per face (stablehlo).')
   flags.DEFINE_string('sampler', 'ddim', 'ddim, dpmpp_2m or ddpm (stablehlo).')

@@ -4,16 +4,20 @@ import json
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 import tiny_model
 from flax import traverse_util
-from test_importing import first_stage, save
+from test_importing import first_stage, latent_diffusion, save
 
-from p2ldm import convert
+from p2ldm import convert, storage
 from p2ldm.errors import UserError
 from p2ldm.interop import model_directory
 from p2ldm.interop.importing import Options
+
+FILE = 'diffusion_pytorch_model.safetensors'
 
 
 @pytest.fixture(scope='module')
@@ -21,6 +25,11 @@ def model(tmp_path_factory):
   path = tmp_path_factory.mktemp('convert') / 'model'
   model_directory.save(path, tiny_model.make_parts())
   return path
+
+
+def tensors(parts):
+  params = {'autoencoder': parts.autoencoder, 'denoiser': parts.denoiser}
+  return traverse_util.flatten_dict(params, sep='.')
 
 
 def run(*arguments):
@@ -34,18 +43,76 @@ def test_to_diffusers_and_back(model, tmp_path):
   assert status == 0, errors
   assert 'conversion.json' in printed
   report = json.loads((tmp_path / 'diffusers' / 'conversion.json').read_text())
-  assert report['written'].keys() == {
-    f'{name}/diffusion_pytorch_model.safetensors' for name in ('vqvae', 'unet', 'condition_encoder')
-  }
+  files = {f'{name}/{FILE}' for name in ('vqvae', 'unet', 'condition_encoder')}
+  assert report['written'].keys() == files
+  ours = model_directory.load(model)
+  assert report['files'] == ours.config['sha256'] and report['notes'] == []
+  rows = {row['tensor']: row for row in report['tensors']}
+  assert rows.keys() == tensors(ours).keys()
+  row = rows['denoiser.backbone.input_blocks_1.layers_0.in_conv.kernel']
+  assert row['shape'] == [3, 3, 64, 64] and row['file'] == f'unet/{FILE}'
+  assert row['became'] == ['down_blocks.0.resnets.0.conv1.weight']
+  for path in files:
+    names = set(safetensors.numpy.load_file(tmp_path / 'diffusers' / path))
+    assert names == {n for row in rows.values() if row['file'] == path for n in row['became']}
   status, errors, printed = run(
     '--from=diffusers', '--to=p2ldm', tmp_path / 'diffusers', tmp_path / 'again'
   )
   assert status == 0, errors
   assert ' 0 left out, 0 missing' in printed
-  ours, again = model_directory.load(model), model_directory.load(tmp_path / 'again')
-  for name in ('autoencoder', 'denoiser'):
-    for key, value in traverse_util.flatten_dict(getattr(ours, name)).items():
-      np.testing.assert_array_equal(value, traverse_util.flatten_dict(getattr(again, name))[key])
+  again = tensors(model_directory.load(tmp_path / 'again'))
+  for key, value in tensors(ours).items():
+    np.testing.assert_array_equal(value, again[key])
+  back = json.loads((tmp_path / 'again' / 'conversion.json').read_text())
+  assert back['files'] == report['written']
+  assert {row['file'] for row in back['tensors']} == files
+
+
+def test_from_compvis_and_on_to_a_program(tmp_path):
+  path = save(tmp_path / 'model.safetensors', latent_diffusion())
+  status, errors, printed = run(
+    '--from=compvis',
+    '--to=p2ldm',
+    '--image_size=32',
+    '--head_channels=16',
+    path,
+    tmp_path / 'model',
+  )
+  assert status == 0, errors
+  assert 'model_ema 2' in printed and 'conversion.json' in printed
+  report = json.loads((tmp_path / 'model' / 'conversion.json').read_text())
+  parts = model_directory.load(tmp_path / 'model')
+  assert report['written'] == parts.config['sha256']
+  assert report['files'] == parts.config['provenance']['sha256_of_the_source']
+  assert list(report['files']) == ['model.safetensors']
+  command = ('--from=p2ldm', '--to=stablehlo', '--platforms=cpu', '--steps=2', tmp_path / 'model')
+  status, errors, _ = run(*command, tmp_path / 'sampler')
+  assert status == 0, errors
+  program = jax.export.deserialize((tmp_path / 'sampler' / 'sampler.stablehlo').read_bytes())
+  assert list(program.platforms) == ['cpu']
+  written = np.load(tmp_path / 'sampler' / 'weights.npz')
+  report = json.loads((tmp_path / 'sampler' / 'conversion.json').read_text())
+  assert report['written'].keys() == {'sampler.stablehlo', 'weights.npz'}
+  assert {row['became'] for row in report['tensors']} == set(written.files) == set(tensors(parts))
+  assert {row['file'] for row in report['tensors']} == {'weights.npz'}
+
+
+def test_a_failing_write_leaves_nothing(model, tmp_path, monkeypatch):
+  def fail(path, value):
+    assert path.name == 'conversion.json' and (path.parent / 'config.json').is_file()
+    raise OSError('no space left')
+
+  monkeypatch.setattr(storage, 'write_json', fail)
+  path = save(tmp_path / 'model.safetensors', first_stage())
+  with pytest.raises(OSError, match='no space'):
+    convert.convert(path, tmp_path / 'out', 'compvis', 'p2ldm', Options(image_size=32))
+  assert list(tmp_path.iterdir()) == [path]
+
+
+def test_statistics_are_not_measured_for_a_denoiser(model, tmp_path):
+  with pytest.raises(UserError, match='holds a denoiser, .* Leave --data away'):
+    convert.convert(model, tmp_path / 'out', 'p2ldm', 'diffusers', data='faces')
+  assert not any(tmp_path.iterdir())
 
 
 def test_statistics_are_measured_on_a_data_set(prepared_faces, tmp_path):

@@ -1,6 +1,7 @@
 """diffusers' networks compute what ours do with the same weights; an exported pipeline draws the same."""
 
 import importlib
+import inspect
 import json
 import os
 import pathlib
@@ -10,6 +11,7 @@ import diffusers as reference
 import jax
 import numpy as np
 import pytest
+import safetensors.torch
 import tiny_model
 import torch
 from diffusers import DiffusionPipeline
@@ -24,6 +26,7 @@ from p2ldm.models.autoencoder import Autoencoder
 from p2ldm.models.unet import UNet
 from p2ldm.pipeline import Pipeline
 
+FILE = 'diffusion_pytorch_model.safetensors'
 AUTOENCODER = {
   'block_out_channels': (32, 64),
   'layers_per_block': 1,
@@ -53,6 +56,11 @@ CONDITIONAL = {
 UNCONDITIONAL = {
   'down_block_types': ('DownBlock2D', 'AttnDownBlock2D'),
   'up_block_types': ('AttnUpBlock2D', 'UpBlock2D'),
+}
+
+ATTENDING = {
+  'down_block_types': ('AttnDownBlock2D', 'AttnDownBlock2D'),
+  'up_block_types': ('AttnUpBlock2D', 'AttnUpBlock2D'),
 }
 
 paper_size = pytest.mark.skipif(
@@ -163,6 +171,7 @@ def test_an_autoencoder_computes_what_diffusers_does(kind, changes):
     ('UNet2DConditionModel', {**CONDITIONAL, 'attention_head_dim': (2, 4)}),
     ('UNet2DConditionModel', {**CONDITIONAL, 'attention_head_dim': 4, 'layers_per_block': 1}),
     ('UNet2DModel', {**UNCONDITIONAL, 'attention_head_dim': 16}),
+    ('UNet2DModel', {**UNCONDITIONAL, 'attention_head_dim': None, **ATTENDING}),
     pytest.param('UNet2DConditionModel', PAPER_UNET, marks=paper_size),
   ],
 )
@@ -250,6 +259,26 @@ def test_the_exported_pipeline_draws_the_same_faces(exported, monkeypatch):
   assert difference.mean() < 0.05 and ours.std() > 10
 
 
+def test_the_pipeline_takes_other_schedulers(exported):
+  _, folder = exported
+  pipeline = DiffusionPipeline.from_pretrained(
+    str(folder), custom_pipeline=str(folder), trust_remote_code=True
+  )
+  pipeline.set_progress_bar_config(disable=True)
+  kind = reference.UniPCMultistepScheduler
+  assert not {'generator', 'eta'} & set(inspect.signature(kind.step).parameters)
+  pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
+
+  def draw(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return pipeline(num_inference_steps=3, num_images=2, generator=generator, output_type='np')[0]
+
+  drawn = draw(0)
+  assert drawn.shape == (2, 16, 16, 3) and np.isfinite(drawn).all() and drawn.std() > 0.05
+  np.testing.assert_array_equal(drawn, draw(0))
+  assert (drawn != draw(1)).any()
+
+
 def test_the_pipeline_refuses_what_it_does_not_know(exported):
   parts, folder = exported
   pipeline = DiffusionPipeline.from_pretrained(
@@ -257,8 +286,24 @@ def test_the_pipeline_refuses_what_it_does_not_know(exported):
   )
   with pytest.raises(ValueError, match='no attribute'):
     pipeline({'Smilling': 1})
-  with pytest.raises(ValueError, match='class ids from 0 to 2'):
-    pipeline(mask=np.full((16, 16), 7))
+  for wrong in (7, -1):
+    with pytest.raises(ValueError, match='class ids from 0 to 2'):
+      pipeline(mask=np.full((16, 16), wrong))
+  rows = {'attributes': np.ones((2, 3), int), 'mask': np.ones((2, 16, 16), int)}
+  for name, value in rows.items():
+    if parts.config['denoiser'][name] == 'none':
+      with pytest.raises(ValueError, match=f'trained without {name}: leave {name} out'):
+        pipeline(**{name: value})
+    with pytest.raises(ValueError, match=f'{name} has 2 rows, but 3 images'):
+      pipeline(num_images=3, **{name: value})
+    with pytest.raises(ValueError, match=f'{name} has 2 rows, but 1 images'):
+      pipeline(latents=torch.zeros(1, 3, 8, 8), **{name: value})
+  with pytest.raises(ValueError, match='latents has 2 rows, but 3 images'):
+    pipeline(num_images=3, latents=torch.zeros(2, 3, 8, 8))
+  with pytest.raises(ValueError, match=r'latents must be \(images, 3, 8, 8\), not \(2, 3, 8, 9\)'):
+    pipeline(latents=torch.zeros(2, 3, 8, 9))
+  with pytest.raises(ValueError, match='num_images must be at least 1, not 0'):
+    pipeline(num_images=0)
 
 
 def test_an_autoencoder_alone_is_exported_alone(tmp_path):
@@ -285,6 +330,228 @@ def test_an_autoencoder_alone_is_exported_alone(tmp_path):
   assert not (tmp_path / 'other').exists()
 
 
+SCHEDULER = {
+  '_class_name': 'DDIMScheduler',
+  '_diffusers_version': '0.1.2',
+  'beta_end': 0.0195,
+  'beta_schedule': 'scaled_linear',
+  'beta_start': 0.0015,
+  'clip_sample': False,
+  'num_train_timesteps': 1000,
+  'trained_betas': None,
+}
+
+
+def write_json(path, value):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(value))
+
+
+@pytest.fixture(scope='module')
+def published(tmp_path_factory):
+  """An unconditional pipeline as diffusers writes it, small."""
+  folder = tmp_path_factory.mktemp('published') / 'ldm'
+  autoencoder = {**AUTOENCODER, 'norm_num_groups': 32, 'num_vq_embeddings': 64}
+  unet = {**UNET, **UNCONDITIONAL, 'norm_num_groups': 32}
+  randomized(reference.VQModel(**autoencoder)).save_pretrained(folder / 'vqvae')
+  randomized(reference.UNet2DModel(**unet)).save_pretrained(folder / 'unet')
+  write_json(folder / 'scheduler' / 'scheduler_config.json', SCHEDULER)
+  write_json(folder / 'model_index.json', {'_class_name': 'LDMPipeline'})
+  return folder
+
+
+def copied(folder, tmp_path):
+  shutil.rmtree(tmp_path / 'copy', ignore_errors=True)
+  return shutil.copytree(folder, tmp_path / 'copy')
+
+
+def edit(path, **values):
+  path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def same_parts(one, other, **tolerance):
+  for name in ('autoencoder', 'denoiser'):
+    ours, theirs = flat(getattr(one, name)), flat(getattr(other, name))
+    assert ours.keys() == theirs.keys()
+    for key in ours:
+      np.testing.assert_allclose(ours[key], theirs[key], **{'rtol': 0, **tolerance})
+
+
+def test_an_early_config_and_old_names_are_the_modern_model(published, tmp_path):
+  modern, _ = importing.from_diffusers(published, importing.Options())
+  early = copied(published, tmp_path)
+  kept = {
+    'vqvae': ('act_fn', 'block_out_channels', 'down_block_types', 'in_channels', 'latent_channels',
+              'layers_per_block', 'num_vq_embeddings', 'out_channels', 'sample_size',
+              'up_block_types'),
+    'unet': ('block_out_channels', 'down_block_types', 'in_channels', 'layers_per_block',
+             'out_channels', 'sample_size', 'up_block_types'),
+  }  # fmt: skip
+  old = {'to_q': 'query', 'to_k': 'key', 'to_v': 'value', 'to_out.0': 'proj_attn'}
+  for name, keys in kept.items():
+    config = json.loads((early / name / 'config.json').read_text())
+    named = {'_class_name': config['_class_name'], '_diffusers_version': '0.1.2'}
+    write_json(early / name / 'config.json', named | {key: config[key] for key in keys})
+    path = early / name / FILE
+    state = safetensors.torch.load_file(path)
+    path.unlink()
+    for new, before in old.items():
+      state = {key.replace(f'.{new}.', f'.{before}.'): value for key, value in state.items()}
+    assert any('.proj_attn.' in key for key in state)
+    torch.save(state, path.with_suffix('.bin'))
+  again, report = importing.from_diffusers(early, importing.Options())
+  same_parts(modern, again, atol=0)
+  drop = {'provenance'}
+  assert {k: v for k, v in again.config.items() if k not in drop} == {
+    k: v for k, v in modern.config.items() if k not in drop
+  }
+  assert modern.config['diffusion']['beta_end'] == 0.0195
+  files = {f'{name}/{FILE.replace("safetensors", "bin")}' for name in kept}
+  assert again.config['provenance']['imported_from'] == 'copy'
+  assert again.config['provenance']['sha256_of_the_source'].keys() == files
+  assert {row['file'] for row in report.rows} == files
+
+
+def test_the_size_of_images_is_the_flag_s_or_the_pipeline_s(published):
+  for asked, found in ((0, 32), (64, 64)):
+    parts, _ = importing.from_diffusers(published, importing.Options(image_size=asked))
+    assert parts.config['image_size'] == found  # 16 of the latent, halved once
+  parts, _ = importing.from_diffusers(published / 'vqvae', importing.Options())
+  assert parts.config['image_size'] == 256
+
+
+@pytest.mark.parametrize('kind', ['fp16', 'bf16', 'shards', 'fp16 shards', 'shards of .bin'])
+def test_variants_of_the_weights_are_read(published, tmp_path, kind):
+  modern, _ = importing.from_diffusers(published, importing.Options())
+  folder = copied(published, tmp_path)
+  variant = '.fp16' * kind.startswith('fp16')
+  for name in ('vqvae', 'unet'):
+    state = safetensors.torch.load_file(folder / name / FILE)
+    (folder / name / FILE).unlink()
+    if kind[:4] in ('fp16', 'bf16'):
+      half = torch.float16 if variant else torch.bfloat16
+      state = {key: value.to(half) for key, value in state.items()}
+    stem = folder / name / 'diffusion_pytorch_model'
+    if 'shards' not in kind:
+      safetensors.torch.save_file(state, f'{stem}{variant}.safetensors')
+      continue
+    ending, keys = 'bin' if kind.endswith('bin') else 'safetensors', list(state)
+    write = torch.save if ending == 'bin' else safetensors.torch.save_file
+    places = {}
+    for i, half in enumerate((keys[::2], keys[1::2]), 1):
+      shard = f'{stem.name}{variant}-0000{i}-of-00002.{ending}'
+      write({key: state[key] for key in half}, folder / name / shard)
+      places |= dict.fromkeys(half, shard)
+    write_json(stem.with_name(f'{stem.name}.{ending}.index{variant}.json'), {'weight_map': places})
+  again, report = importing.from_diffusers(folder, importing.Options())
+  same_parts(modern, again, atol=0.05 if '16' in kind else 0)
+  assert len(report.digests) == (4 if 'shards' in kind else 2)
+  assert {row['file'] for row in report.rows} == report.digests.keys()
+
+
+def test_what_the_config_says_of_latents_is_taken(tmp_path):
+  network = reference.AutoencoderKL(**AUTOENCODER, scaling_factor=0.5, shift_factor=0.25)
+  network.save_pretrained(tmp_path / 'vae')
+
+  def latents(**options):
+    return importing.from_diffusers(tmp_path / 'vae', importing.Options(**options))[0].config[
+      'latents'
+    ]
+
+  assert latents() == {'mean': [0.25] * 3, 'std': [2.0] * 3}
+  assert latents(scale=0.25) == {'mean': [0.25] * 3, 'std': [4.0] * 3}
+  edit(tmp_path / 'vae' / 'config.json', latents_mean=[1, 2, 3], latents_std=[1, 2, 4])
+  assert latents() == {'mean': [1.0, 2.0, 3.0], 'std': [2.0, 4.0, 8.0]}
+  edit(tmp_path / 'vae' / 'config.json', latents_std=[1, 2])
+  with pytest.raises(UserError, match=r'latents_std is \[1, 2\], and should be 3 numbers'):
+    latents()
+
+
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {'resnet_out_scale_factor': 0.7},
+    {'mid_block_type': 'UNetMidBlock2DSimpleCrossAttn'},
+    {'mid_block_type': None},
+    {'timestep_post_act': 'silu'},
+    {'cross_attention_norm': 'layer_norm'},
+    {'conv_in_kernel': 5},
+    {'conv_out_kernel': 1},
+    {'time_cond_proj_dim': 8},
+    {'num_class_embeds': 10},
+    {'num_attention_heads': 4},
+    {'resnet_skip_time_act': True},
+    {'attention_type': 'gated'},
+    {'add_attention': False},
+    {'cross_attention_dim': [24, 24]},
+    {'attention_head_dim': [4, 4, 4]},
+    {'attention_head_dim': [4, 3]},
+    {'layers_per_block': [1, 2]},
+    {'down_block_types': ['CrossAttnDownBlock2D']},
+  ],
+  ids=lambda changes: '-'.join(changes),
+)
+def test_variants_that_compute_something_else_are_refused_by_name(changes):
+  network = reference.UNet2DConditionModel
+  config = {**UNET, **CONDITIONAL, '_class_name': network.__name__}
+  diffusers.unet_fields({**config, 'upcast_attention': True}, 'there')
+  with pytest.raises(UserError, match=f'there: .*{next(iter(changes))}'):
+    diffusers.unet_fields({**config, **changes}, 'there')
+
+
+@pytest.mark.parametrize('changes', [{'trained_betas': [0.1]}, {'rescale_betas_zero_snr': True}])
+def test_other_schedules_are_refused_by_name(changes):
+  with pytest.raises(UserError, match=f'there: {next(iter(changes))} is'):
+    diffusers.diffusion({**SCHEDULER, **changes}, 'there')
+
+
+def test_every_default_of_diffusers_is_accepted():
+  for kind, given in ((reference.UNet2DConditionModel, CONDITIONAL),
+                      (reference.UNet2DModel, UNCONDITIONAL)):  # fmt: skip
+    parameters = inspect.signature(kind.__init__).parameters
+    defaults = {name: p.default for name, p in parameters.items() if name != 'self'}
+    config = {**defaults, **UNET, **given, '_class_name': kind.__name__}
+    diffusers.unet_fields(config, 'there')
+
+
+def test_heads_of_several_widths_are_not_for_a_unet_2d_model():
+  fields = {
+    'channels': 32, 'channel_multipliers': [1, 2], 'num_res_blocks': 1, 'head_channels': 16,
+    'num_heads': 2, 'dropout': 0.0,
+  }  # fmt: skip
+  denoiser = {'attributes': 'none', 'mask': 'none', 'latent_channels': 3}
+
+  def width(factors, **heads):
+    config = diffusers.unet_config(
+      {**fields, 'attention_factors': factors, **heads}, denoiser, 3, 8
+    )
+    return config['attention_head_dim']
+
+  assert width([2]) == 32 and width([2], num_heads=0) == 16 and width([1, 2], num_heads=1) is None
+  for factors in ([1], [1, 2]):
+    with pytest.raises(UserError, match='has 16, 32 channels a head'):
+      width(factors)
+
+
+def test_autoencoders_with_other_norms_than_the_unet_are_not_exported(tmp_path):
+  parts = tiny_model.make_parts()
+  for groups, fits in (([16, 4], False), ([32, 1], False), ([64, 4], True)):
+    config = {**parts.config, 'autoencoder': {**parts.config['autoencoder']}}
+    config['autoencoder']['norm_groups'] = groups
+    config['autoencoder']['channels'] = 64
+    if fits:
+      diffusers_export._check(config)
+      continue
+    with pytest.raises(UserError, match='norms of the autoencoder have other groups'):
+      diffusers_export.export(ModelParts(config, *_random_parts(config, parts)), tmp_path / 'no')
+
+
+def _random_parts(config, parts):
+  shapes = weights.autoencoder_shapes(config['autoencoder'], '')
+  other = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+  return traverse_util.unflatten_dict(other, sep='.'), parts.denoiser
+
+
 def test_bad_folders_are_one_paragraph(exported, tmp_path):
   parts, folder = exported
   options = importing.Options()
@@ -301,20 +568,16 @@ def test_bad_folders_are_one_paragraph(exported, tmp_path):
     change(tmp_path / 'copy')
     return tmp_path / 'copy'
 
-  def edit(path, **values):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
-
-  file = 'diffusion_pytorch_model.safetensors'
   for change, message in (
     (lambda f: (f / 'unet' / 'config.json').unlink(), 'config.json is missing'),
-    (lambda f: (f / 'vqvae' / file).unlink(), 'has no weights'),
-    (lambda f: (f / 'unet' / file).write_bytes((f / 'unet' / file).read_bytes()[:-9]), 'truncated'),
+    (lambda f: (f / 'vqvae' / FILE).unlink(), 'has no weights'),
+    (lambda f: (f / 'unet' / FILE).write_bytes((f / 'unet' / FILE).read_bytes()[:-9]), 'truncated'),
     (lambda f: edit(f / 'unet' / 'config.json', act_fn='gelu'), "act_fn is 'gelu'"),
     (lambda f: edit(f / 'unet' / 'config.json', layers_per_block=2), 'missing, such as'),
     (lambda f: edit(f / 'vqvae' / 'config.json', _class_name='AutoencoderTiny'), 'VQModel or Auto'),
     (
       lambda f: edit(f / 'scheduler' / 'scheduler_config.json', beta_schedule='linear'),
-      'not "scaled_linear"',
+      "beta_schedule is 'linear'",
     ),
   ):
     with pytest.raises(UserError, match=message):

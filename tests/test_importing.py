@@ -13,7 +13,8 @@ import torch
 
 from p2ldm.data.labels import CELEBAMASK_HQ
 from p2ldm.errors import UserError
-from p2ldm.interop import importing, model_directory
+from p2ldm.interop import importing, model_directory, tensor_files
+from p2ldm.pipeline import Pipeline
 
 OPTIONS = importing.Options(image_size=32, head_channels=16)
 
@@ -34,7 +35,7 @@ def latent_diffusion(name='unet_small', ema=True):
   for key, value in unet(name).items():
     state[f'model.diffusion_model.{key}'] = value
     if ema:
-      state[f'model_ema.diffusion_model{key.replace(".", "")}'] = value + 1
+      state[f'model_ema.diffusion_model{key.replace(".", "")}'] = 1.5 * value
   betas = np.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2
   return state | {
     'betas': betas.astype(np.float32),
@@ -109,8 +110,23 @@ def test_a_latent_diffusion_model_draws_without_conditions(tmp_path, ema):
     'prediction': 'epsilon',
   }
   bias = parts.denoiser['backbone']['time_in']['bias']
-  np.testing.assert_array_equal(bias, unet()['time_embed.0.bias'] + ema)
+  np.testing.assert_array_equal(bias, unet()['time_embed.0.bias'] * (1.5 if ema else 1))
   assert 'heads: 16 channels' in report.text()
+  faces = np.stack(Pipeline.from_pretrained(tmp_path / 'model')(num_images=2, steps=2))
+  assert faces.shape == (2, 32, 32, 3) and faces.std() > 5 and (faces[0] != faces[1]).any()
+
+
+@pytest.mark.parametrize('ema', [True, False])
+@pytest.mark.parametrize(
+  'name',
+  ['model.diffusion_model.label_emb.0.weight', 'model_ema.diffusion_modelother', 'some_table'],
+)
+def test_tensors_that_the_architecture_lacks_are_left_over(tmp_path, ema, name):
+  state = latent_diffusion() | {name: np.zeros((5, 128), np.float32)}
+  path = save(tmp_path / 'model.safetensors', state)
+  options = importing.Options(image_size=32, head_channels=16, ema=ema)
+  with pytest.raises(UserError, match=f'1 left over, such as {name}'):
+    importing.from_compvis(path, options)
 
 
 def test_a_unet_with_a_context_gets_a_fresh_condition_encoder(tmp_path):
@@ -184,6 +200,34 @@ def test_a_malicious_pickle_is_refused_and_not_executed(tmp_path, form):
     importing.from_compvis(path, OPTIONS)
   assert not victim.exists()
   assert 'nothing of it was executed' in ' '.join(str(error.value).split())
+  assert ('asks for code' in str(error.value)) == (form != 'pickle')
+
+
+@pytest.mark.parametrize('legacy', [False, True])
+def test_numbers_of_numpy_and_parameters_are_harmless(tmp_path, legacy):
+  state = {'weight': torch.nn.Parameter(torch.ones(2, 3, dtype=torch.bfloat16))}
+  more = {'loss': np.float64(0.5), 'dtype': np.dtype('int32'), 'kind': type(np.dtype('f4'))}
+  torch.save({'state_dict': state, **more}, tmp_path / 'a.ckpt',
+             _use_new_zipfile_serialization=not legacy)  # fmt: skip
+  with pytest.raises(pickle.UnpicklingError):
+    torch.load(tmp_path / 'a.ckpt', weights_only=True)
+  file = tensor_files.TensorFile(tmp_path / 'a.ckpt')
+  np.testing.assert_array_equal(file['weight'], np.ones((2, 3), np.float32))
+
+
+def test_what_comes_in_the_place_of_a_checkpoint_is_named(tmp_path):
+  for name in ('a.ckpt', 'a.safetensors'):
+    for content, message in (
+      (b'\n<!DOCTYPE html>\n<html><body>404</body></html>', 'is a web page'),
+      (b'version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n', 'git lfs pull'),
+      (b'nothing that anyone knows', 'damaged'),
+    ):
+      (tmp_path / name).write_bytes(content)
+      with pytest.raises(UserError, match=message):
+        tensor_files.TensorFile(tmp_path / name)
+  save(tmp_path / 'b.ckpt', {'weight': np.zeros(3, np.float32)})
+  with pytest.raises(UserError, match=r'Rename it to b\.safetensors'):
+    tensor_files.TensorFile(tmp_path / 'b.ckpt')
 
 
 @pytest.mark.parametrize('name', ['model.ckpt', 'model.safetensors'])

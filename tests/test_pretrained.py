@@ -81,9 +81,14 @@ def test_a_model_of_the_same_kind_is_taken_whole():
   assert all(jax.tree.leaves(same))
 
 
-def test_nothing_in_common_is_refused():
-  with pytest.raises(UserError, match='No tensor of the denoiser in there fits'):
+def test_a_model_with_less_than_half_in_common_is_refused():
+  with pytest.raises(UserError, match=r'this U-Net, 0% fit those of the denoiser in there'):
     pretrained.start(initial(make()), {'other': np.zeros(3, np.float32)}, 'there')
+  ours = make(attributes='none', mask='none')
+  narrow = {**TWO_LEVELS, 'channel_multipliers': [1, 1]}
+  other = make(attributes='none', mask='none', unet=narrow)
+  with pytest.raises(UserError, match=r'U-Net, [1-4]\d% fit .* at least 50% do'):
+    pretrained.start(initial(ours), other.denoiser, 'there')
 
 
 @pytest.fixture(scope='module')
@@ -129,6 +134,22 @@ def test_latents_of_another_autoencoder_are_refused(directory, unconditional):
   other = jax.tree.map(lambda x: x + 1, unconditional.autoencoder)
   with pytest.raises(UserError, match=r'another autoencoder .*--config\.autoencoder\.pretrained'):
     pretrained.load(config_for(directory), other)
+
+
+@pytest.mark.parametrize(
+  'groups, match',  # at 64 channels and, behind skip connections, 128: 16 and 32 groups are trained
+  [((32, 1), False), ((16, 4), False), ((16, 1), False), ((64, 4), True)],
+)
+def test_other_norms_are_refused_where_they_differ(tmp_path, groups, match):
+  wide = {**TWO_LEVELS, 'channels': 64, 'channel_multipliers': [1], 'norm_groups': list(groups)}
+  parts = tiny_model.make_parts(attributes='none', mask='none', unet=wide)
+  model_directory.save(tmp_path / 'model', parts)
+  config = config_for(tmp_path / 'model')
+  if match:
+    assert pretrained.load(config, parts.autoencoder) is not None
+    return
+  with pytest.raises(UserError, match=r'norms with other groups'):
+    pretrained.load(config, parts.autoencoder)
 
 
 def test_an_autoencoder_alone_is_refused(tmp_path, unconditional):

@@ -57,7 +57,8 @@ def expected(parts):
 def test_it_draws_the_same_faces_where_there_is_jax_alone(parts, expected, tmp_path, options):
   stablehlo.export(parts, tmp_path / 'sampler', steps=STEPS, **options)
   config = json.loads((tmp_path / 'sampler' / 'config.json').read_text())
-  assert config['platforms'] == ['cpu', 'cuda', 'tpu']
+  program = jax.export.deserialize((tmp_path / 'sampler' / 'sampler.stablehlo').read_bytes())
+  assert config['platforms'] == list(program.platforms) == ['cpu', 'cuda', 'tpu']
   assert (tmp_path / 'sampler' / 'weights.npz').exists() != options.get('weights_inside', False)
   alone = tmp_path / 'site-packages'
   alone.mkdir()

@@ -17,6 +17,14 @@ from p2ldm.interop.tensor_layout import LEAVES, TRANSFORMER, Entry, rename
 FIRST_STAGE, UNET, EMA = 'first_stage_model.', 'model.diffusion_model.', 'model_ema.diffusion_model'
 ORIGINAL_GROUPS = (32, 1)  # of CompVis' norms: 32 whatever the channels
 
+# Tables of the noise schedule and what else lies beside the networks (ldm/models/diffusion/ddpm.py).
+_BESIDE = frozenset((
+  'betas', 'alphas_cumprod', 'alphas_cumprod_prev', 'sqrt_alphas_cumprod', 'sqrt_one_minus_alphas_cumprod',
+  'log_one_minus_alphas_cumprod', 'sqrt_recip_alphas_cumprod', 'sqrt_recipm1_alphas_cumprod',
+  'posterior_variance', 'posterior_log_variance_clipped', 'posterior_mean_coef1', 'posterior_mean_coef2',
+  'lvlb_weights', 'logvar', 'scale_factor', 'cond_ids', 'model_ema.decay', 'model_ema.num_updates',
+))  # fmt: skip
+
 _AUTOENCODER = (
   *LEAVES,
   (r'^(en|de)coder\.(down|up)_(\d+)_(block|attn)_(\d+)', r'\1coder.\2.\3.\4.\5'),
@@ -66,6 +74,11 @@ def unet_entries(names: Iterable[str], ema: bool = False) -> list[Entry]:
       rank = 4 if re.search(r'conv|layers_0\.kernel', name) else 2
     entries.append(Entry(name, (theirs.replace('.', '') if ema else theirs,), rank))
   return entries
+
+
+def is_aside(name: str) -> bool:
+  """Whether a tensor belongs to no network that is read: losses, text encoders, tables of the schedule."""
+  return name in _BESIDE or bool(re.match(r'(first_stage_model\.)?loss\.|cond_stage_model\.', name))
 
 
 def _in_transformer(name: str, names: Iterable[str]) -> bool:

@@ -22,10 +22,10 @@ from flax import traverse_util
 
 from p2ldm import storage
 from p2ldm.errors import UserError
-from p2ldm.interop import condition_encoder, diffusers, tensor_layout, weights
+from p2ldm.interop import condition_encoder, diffusers, tensor_layout, tensor_reader, weights
 from p2ldm.interop.model_card import model_card
 from p2ldm.interop.model_directory import ModelParts
-from p2ldm.models.layers import NORM_GROUPS, num_groups
+from p2ldm.models.layers import NORM_GROUPS, num_groups, same_groups
 
 _CODE = pathlib.Path(__file__).parent / 'torch_modules'
 _FILE = 'diffusion_pytorch_model.safetensors'
@@ -55,7 +55,8 @@ def export(parts: ModelParts, dest, progress: Callable = lambda items, **_: item
     progress: wraps the networks that are written, as tqdm does.
 
   Returns:
-    {path in the folder: SHA-256} of the weights.
+    {'written': {path in the folder: SHA-256} of the weights, 'tensors': what became of each tensor of ours,
+    [{'tensor', 'shape', 'dtype', 'became', 'file'}] with names in 'became'}.
 
   Raises:
     UserError: `dest` exists, or diffusers has no such network.
@@ -70,28 +71,31 @@ def export(parts: ModelParts, dest, progress: Callable = lambda items, **_: item
   if parts.denoiser is None:
     _check_alone(fields, autoencoder[0])
     with storage.new_directory(dest, last='config.json') as new:
-      return _write(new, '', *autoencoder)
+      return _write(new, '', 'autoencoder', *autoencoder)
   _check(config)
   name = 'vqvae' if fields['regularizer'] == 'vq' else 'vae'
   networks = {name: autoencoder, 'unet': _unet(parts)}
   encoder = _condition_encoder(parts)
   if encoder:
     networks['condition_encoder'] = encoder
-  digests = {}
+  prefixes = {name: 'autoencoder', 'unet': 'denoiser.backbone', 'condition_encoder': 'denoiser'}
+  report = {'written': {}, 'tensors': []}
   with storage.new_directory(dest, last='model_index.json') as new:
     for folder, network in progress(networks.items(), desc='writing', unit='network'):
       (new / folder).mkdir()
-      digests |= _write(new, f'{folder}/', *network)
+      found = _write(new, f'{folder}/', prefixes[folder], *network)
+      report = {'written': report['written'] | found['written'],
+                'tensors': report['tensors'] + found['tensors']}  # fmt: skip
     (new / 'scheduler').mkdir()
     _json(new / 'scheduler' / 'scheduler_config.json', scheduler_config(config['diffusion']))
     if encoder:
       _copy('condition_encoder.py', new / 'condition_encoder')
     _copy('pipeline.py', new)
     example = "attributes='Smiling', " if 'Smiling' in config['schema']['attributes'] else ''
-    card = model_card({**config, 'sha256': digests}) + _USE.format(example=example)
+    card = model_card({**config, 'sha256': report['written']}) + _USE.format(example=example)
     (new / 'README.md').write_text(card)
     _json(new / 'model_index.json', _index(config, networks))
-  return digests
+  return report
 
 
 def scheduler_config(diffusion: Mapping) -> dict:
@@ -180,14 +184,15 @@ def _check(config: Mapping):
       'diffusers has no U-Net with attention blocks and transformers side by side '
       '(denoiser.unet.attention_blocks): this model cannot be exported to it.'
     )
-  if tuple(unet.get('norm_groups', NORM_GROUPS)) != tuple(
-    config['autoencoder'].get('norm_groups', NORM_GROUPS)
-  ):
-    narrow = min(unet['channels'], config['autoencoder']['channels'])
-    if narrow < 128:  # from there on both mean the same
-      raise UserError(
-        'norm_groups of autoencoder and U-Net differ, which the pipeline cannot tell.'
-      )
+  autoencoder = config['autoencoder']
+  widths = [autoencoder['channels'] * m for m in autoencoder['channel_multipliers']]
+  groups = [fields.get('norm_groups', NORM_GROUPS) for fields in (autoencoder, unet)]
+  if not same_groups(widths, *groups):
+    raise UserError(
+      f'The norms of the autoencoder have other groups (norm_groups {tuple(groups[0])}) than those of the '
+      f'U-Net ({tuple(groups[1])}), and the exported pipeline knows one kind: this model cannot be exported '
+      'to diffusers.'
+    )
 
 
 def _check_alone(fields: Mapping, config: Mapping):
@@ -202,17 +207,20 @@ def _check_alone(fields: Mapping, config: Mapping):
     )
 
 
-def _write(new: pathlib.Path, prefix: str, config: dict, entries, flat: Mapping) -> dict:
-  """One network: config and weights; {path: SHA-256}."""
-  tensors = {}
+def _write(new: pathlib.Path, prefix: str, ours: str, config: dict, entries, flat: Mapping) -> dict:
+  """One network, `ours` in the model: config and weights; as `export` returns it."""
+  tensors, rows = {}, []
   for entry in entries:
     value = np.asarray(flat[entry.ours])
+    rows.append(
+      tensor_reader.row(f'{ours}.{entry.ours}', value, list(entry.theirs), f'{prefix}{_FILE}')
+    )
     tensors |= dict(zip(entry.theirs, tensor_layout.to_theirs(entry, value), strict=True))
   _json(new / f'{prefix}config.json', {**config, '_diffusers_version': _VERSION})
   path = new / f'{prefix}{_FILE}'
   safetensors.numpy.save_file(tensors, path, metadata={'format': 'pt'})
   path.chmod(0o644)
-  return {f'{prefix}{_FILE}': weights.sha256(path)}
+  return {'written': {f'{prefix}{_FILE}': weights.sha256(path)}, 'tensors': rows}
 
 
 def _json(path: pathlib.Path, content: dict):

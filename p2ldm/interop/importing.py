@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import pathlib
-import re
 from collections.abc import Callable, Mapping
 
 import jax
@@ -20,9 +19,19 @@ from p2ldm.interop.tensor_reader import Reader, Report
 from p2ldm.models.autoencoder import Autoencoder
 from p2ldm.models.denoiser import Denoiser
 
-_TABLES = re.compile(r'[a-z_0-9]+$')  # of the schedule, in CompVis' checkpoints
-_WEIGHTS = ('diffusion_pytorch_model.safetensors', 'diffusion_pytorch_model.safetensors.index.json',
-            'diffusion_pytorch_model.bin')  # fmt: skip
+_WEIGHTS = tuple(
+  f'diffusion_pytorch_model.{ending}'
+  for ending in (
+    'safetensors',
+    'safetensors.index.json',
+    'fp16.safetensors',
+    'safetensors.index.fp16.json',
+    'bin',
+    'bin.index.json',
+    'fp16.bin',
+  )
+)
+_IMAGE_SIZE = 256  # of the model where nothing else is said
 _KL_SCALE = 0.18215  # of CompVis' and diffusers' KL autoencoders where nothing else is said
 
 
@@ -31,7 +40,7 @@ class Options:
   """How a checkpoint is read: what it does not say by itself.
 
   Attributes:
-    image_size: pixels square, for the model that results.
+    image_size: pixels square, for the model that results; 0: what the source says, else 256.
     ema: of a U-Net of CompVis', its moving average where there is one.
     ignore: regular expression of tensors that may be left over or missing; '' none.
     head_channels: of the attention heads of a U-Net of CompVis'.
@@ -41,7 +50,7 @@ class Options:
     progress: wraps the tensors of a network while they are read, as tqdm does.
   """
 
-  image_size: int = 256
+  image_size: int = 0
   ema: bool = True
   ignore: str = ''
   head_channels: int = 32
@@ -66,6 +75,7 @@ def from_compvis(path, options: Options) -> tuple[ModelParts, Report]:
     UserError: the file cannot be read, holds another network, or more or less than it.
   """
   file, report = TensorFile(path), Report()
+  options = dataclasses.replace(options, image_size=options.image_size or _IMAGE_SIZE)
   reader = Reader(file, options, report)
   prefix = compvis.FIRST_STAGE if any(n.startswith(compvis.FIRST_STAGE) for n in file) else ''
   has_unet = any(name.startswith(compvis.UNET) for name in file)
@@ -75,8 +85,10 @@ def from_compvis(path, options: Options) -> tuple[ModelParts, Report]:
   autoencoder = reader.read(
     entries, shapes, prefix, _autoencoder_name(fields), _initial_autoencoder(fields)
   )
-  config = _config(options, fields, _scale(file, fields, options), file)
-  denoiser = None
+  channels, scale = fields['latent_channels'], _scale(file, fields, options)
+  latents = {'mean': [0.0] * channels, 'std': [1 / scale] * channels}
+  config = _config(options, fields, latents)
+  denoiser, counterparts = None, set()
   if has_unet:
     unet = compvis.unet_fields(_below(file.shapes, compvis.UNET), file.path)
     unet |= {'head_channels': options.head_channels, 'num_heads': options.num_heads}
@@ -90,13 +102,17 @@ def from_compvis(path, options: Options) -> tuple[ModelParts, Report]:
     denoiser_fields, shapes = _denoiser(unet, fields, options, str(file.path))
     ema = options.ema and any(name.startswith(compvis.EMA) for name in file)
     entries = compvis.unet_entries(_backbone(shapes), ema)
-    prefix = compvis.EMA if ema else compvis.UNET
+    prefix, other = (compvis.EMA, compvis.UNET) if ema else (compvis.UNET, compvis.EMA)
+    counterparts = {
+      other + name for e in compvis.unet_entries(_backbone(shapes), not ema) for name in e.theirs
+    }
     initial = _initial_denoiser(denoiser_fields, options)
     kind = 'a U-Net of CompVis/latent-diffusion'
     backbone = reader.read(entries, _backbone(shapes), prefix, kind, lambda: initial()['backbone'])
     denoiser = _with_conditions(initial, backbone, denoiser_fields, report)
     config |= {'denoiser': denoiser_fields, 'schema': options.schema.to_dict()}
-  reader.finish(_is_aside)
+  reader.finish(lambda name: name in counterparts or compvis.is_aside(name))
+  config['provenance'] = _provenance(file.path.name, report)
   return ModelParts(config, autoencoder, denoiser), report
 
 
@@ -131,33 +147,48 @@ def from_diffusers(folder, options: Options) -> tuple[ModelParts, Report]:
   config = _json(inner / 'config.json')
   fields = diffusers.autoencoder_fields(config, inner / 'config.json')
   fields['norm_groups'] = index.get('norm_groups', fields['norm_groups'])
-  reader = Reader(_weights(inner), options, report, diffusers.modern_name)
+  reader = Reader(_weights(inner, folder), options, report, diffusers.modern_name)
   shapes = weights.autoencoder_shapes(fields, str(inner / 'config.json'))
   entries = diffusers.autoencoder_entries(shapes, len(fields['channel_multipliers']))
   autoencoder = reader.read(
     entries, shapes, '', _autoencoder_name(fields), _initial_autoencoder(fields)
   )
   reader.finish()
-  scale = options.scale or (_KL_SCALE if fields['regularizer'] == 'kl' else 1.0)
-  if 'scaling_factor' in config and not options.scale and fields['regularizer'] == 'kl':
-    scale = config['scaling_factor']
-  found = _config(options, fields, scale, reader.file)
+  scale = 1.0 if fields['regularizer'] == 'vq' else config.get('scaling_factor', _KL_SCALE)
+  statistics = diffusers.latents(
+    config, options.scale or scale, fields['latent_channels'], inner / 'config.json'
+  )
+  size = options.image_size or _size_of_diffusers(folder, index, fields)
+  options = dataclasses.replace(options, image_size=size)
+  found = _config(options, fields, statistics)
   denoiser = None
   if index:
     if not (folder / 'unet').is_dir():
       raise UserError(f'{folder} has no unet/: give the folder {inner} for its autoencoder alone.')
-    found |= {name: index[name] for name in ('image_size', 'provenance') if name in index}
     if 'latents_mean' in index:
       found['latents'] = {'mean': index['latents_mean'], 'std': index['latents_std']}
     schema = LabelSchema.from_dict(index['schema']) if 'schema' in index else options.schema
-    options = dataclasses.replace(options, schema=schema, image_size=found['image_size'])
+    scheduler = folder / 'scheduler' / 'scheduler_config.json'
+    options = dataclasses.replace(options, schema=schema)
     denoiser_fields, denoiser = _denoiser_of_diffusers(folder, index, fields, options, report)
     found |= {
       'denoiser': denoiser_fields,
       'schema': schema.to_dict(),
-      'diffusion': _diffusion_of_diffusers(folder / 'scheduler' / 'scheduler_config.json'),
+      'diffusion': diffusers.diffusion(_json(scheduler), scheduler),
     }
+  found['provenance'] = index.get('provenance') or _provenance(folder.absolute().name, report)
   return ModelParts(found, autoencoder, denoiser), report
+
+
+def _size_of_diffusers(folder: pathlib.Path, index: Mapping, autoencoder: Mapping) -> int:
+  """Pixels square that a folder of diffusers is for: by p2ldm's index, else by the U-Net's sample_size."""
+  if 'image_size' in index:
+    return index['image_size']
+  if not (folder / 'unet' / 'config.json').is_file():
+    return _IMAGE_SIZE
+  side = _json(folder / 'unet' / 'config.json').get('sample_size')
+  factor = 2 ** (len(autoencoder['channel_multipliers']) - 1)
+  return side * factor if isinstance(side, int) and side > 0 else _IMAGE_SIZE
 
 
 def _denoiser_of_diffusers(folder, index, fields, options, report):
@@ -174,7 +205,7 @@ def _denoiser_of_diffusers(folder, index, fields, options, report):
     shapes = weights.denoiser_shapes(denoiser_fields, options.image_size, str(source))
   else:
     denoiser_fields, shapes = _denoiser(unet, fields, options, str(source))
-  reader = Reader(_weights(folder / 'unet'), options, report)
+  reader = Reader(_weights(folder / 'unet', folder), options, report, diffusers.modern_name)
   backbone_shapes = _backbone(shapes)
   entries = diffusers.unet_entries(
     list(backbone_shapes), _unet_of(denoiser_fields), backbone_shapes
@@ -189,20 +220,11 @@ def _denoiser_of_diffusers(folder, index, fields, options, report):
   rest = {name: shape for name, shape in shapes.items() if not name.startswith('backbone.')}
   parts = {}
   if rest:
-    reader = Reader(_weights(ours), options, report)
+    reader = Reader(_weights(ours, folder), options, report)
     entries = condition_encoder.entries(rest)
     parts = reader.read(entries, rest, '', "p2ldm's condition encoder", initial)
     reader.finish()
   return denoiser_fields, {**parts, 'backbone': backbone}
-
-
-def _is_aside(name: str) -> bool:
-  """Whether a tensor of CompVis' is none of the networks that are imported."""
-  return bool(
-    re.match(r'(first_stage_model\.)?loss\.|cond_stage_model\.|model_ema\.', name)
-    or name.startswith('model.diffusion_model.')  # where the moving average was read
-    or _TABLES.match(name)
-  )
 
 
 def _below(shapes: Mapping, prefix: str) -> dict:
@@ -218,21 +240,25 @@ def _autoencoder_name(fields: Mapping) -> str:
   return f'a {fields["regularizer"].upper()} autoencoder of factor {factor}'
 
 
-def _config(options: Options, fields: Mapping, scale: float, file: TensorFile) -> dict:
+def _config(options: Options, fields: Mapping, latents: Mapping) -> dict:
   """config.json of the model, so far as the autoencoder decides it."""
-  channels = fields['latent_channels']
   return {
     'image_size': options.image_size,
     'autoencoder': fields,
-    'latents': {'mean': [0.0] * channels, 'std': [1 / scale] * channels},
+    'latents': dict(latents),
     'denoiser': None,
     'diffusion': None,
     'schema': None,
-    'provenance': {
-      'imported_from': file.path.name,
-      'sha256_of_the_source': dict(file.digests),
-      'code_version': p2ldm.__version__,
-    },
+    'provenance': None,
+  }
+
+
+def _provenance(name: str, report: Report) -> dict:
+  """Where a model is from; `report` has the digests of all files that were read."""
+  return {
+    'imported_from': name,
+    'sha256_of_the_source': dict(report.digests),
+    'code_version': p2ldm.__version__,
   }
 
 
@@ -266,26 +292,6 @@ def _diffusion_of_compvis(file: TensorFile) -> dict:
     'beta_end': round(float(betas[-1]), 7),
     'prediction': 'epsilon',
   }
-
-
-def _diffusion_of_diffusers(path: pathlib.Path) -> dict:
-  config = _json(path)
-  predictions = {'epsilon': 'epsilon', 'v_prediction': 'v'}
-  try:
-    if config['beta_schedule'] != 'scaled_linear':
-      raise UserError(f'{path}: beta_schedule is {config["beta_schedule"]!r}, not "scaled_linear".')
-    if config.get('prediction_type', 'epsilon') not in predictions:
-      raise UserError(
-        f'{path}: prediction_type is {config["prediction_type"]!r}, which p2ldm has not.'
-      )
-    return {
-      'num_timesteps': config['num_train_timesteps'],
-      'beta_start': config['beta_start'],
-      'beta_end': config['beta_end'],
-      'prediction': predictions[config.get('prediction_type', 'epsilon')],
-    }
-  except KeyError as error:
-    raise UserError(f'{path} lacks {error.args[0]}.') from error
 
 
 def _denoiser(unet: dict, autoencoder: Mapping, options: Options, source: str):
@@ -363,11 +369,11 @@ def _with_conditions(initial: Callable, backbone: dict, fields: Mapping, report:
   return {**rest, 'backbone': backbone}
 
 
-def _weights(folder: pathlib.Path) -> TensorFile:
-  """The weights in a folder of diffusers."""
+def _weights(folder: pathlib.Path, root: pathlib.Path) -> TensorFile:
+  """The weights in a folder of diffusers; `root` is of the whole model."""
   for name in _WEIGHTS:
     if (folder / name).is_file():
-      return TensorFile(folder / name)
+      return TensorFile(folder / name, root)
   raise UserError(f'{folder} has no weights: none of {", ".join(_WEIGHTS)} is there.')
 
 

@@ -20,6 +20,7 @@ import importlib.metadata
 import importlib.resources
 import json
 import pathlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ from p2ldm.data.labels import LabelSchema
 from p2ldm.diffusion import guidance, samplers
 from p2ldm.diffusion.schedule import make_schedule
 from p2ldm.errors import UserError
-from p2ldm.interop import weights
+from p2ldm.interop import tensor_reader, weights
 from p2ldm.interop.model_directory import ModelParts
 from p2ldm.models.layers import resolve_dtype
 
@@ -49,6 +50,7 @@ def export(
   platforms: tuple[str, ...] = ('cpu', 'cuda', 'tpu'),
   weights_inside: bool = False,
   dtype: str = 'float32',
+  progress: Callable = lambda items, **_: items,
 ) -> dict:
   """Writes the folder, whole or not at all.
 
@@ -61,9 +63,11 @@ def export(
     platforms: what it can be compiled for, some of `PLATFORMS`; none of them has to be at hand.
     weights_inside: whether the weights are constants of the program.
     dtype: of the computation.
+    progress: wraps the files that are written, as tqdm does.
 
   Returns:
-    {file: SHA-256}.
+    {'written': {file: SHA-256}, 'tensors': where each of the model's is,
+    [{'tensor', 'shape', 'dtype', 'became', 'file'}]}.
 
   Raises:
     UserError: there is no denoiser, `dest` exists, an unknown platform, sampler or number of steps, or more
@@ -100,15 +104,15 @@ def export(
     {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in given.items()},
     *_arguments(parts.config, batch),
   )
+  writers = {'sampler.stablehlo': lambda path: path.write_bytes(program.serialize())}
+  if given:
+    writers['weights.npz'] = lambda path: np.savez(path, **given)
   with storage.new_directory(dest, last='config.json') as new:
-    (new / 'sampler.stablehlo').write_bytes(program.serialize())
-    files = ['sampler.stablehlo']
-    if given:
-      np.savez(new / 'weights.npz', **given)
-      files.append('weights.npz')
+    for name, write in progress(writers.items(), desc='writing', unit='file'):
+      write(new / name)
     (new / 'load.py').write_text(_LOADER.read_text())
     _bring_flatbuffers(new / 'flatbuffers')
-    digests = {name: weights.sha256(new / name) for name in files}
+    digests = {name: weights.sha256(new / name) for name in writers}
     config = {
       'image_size': parts.config['image_size'],
       'schema': parts.config['schema'],
@@ -123,7 +127,12 @@ def export(
       'sha256': digests,
     }
     (new / 'config.json').write_text(json.dumps(config, indent=1) + '\n')
-  return digests
+  file = 'weights.npz' if given else 'sampler.stablehlo'
+  rows = [
+    tensor_reader.row(name, value, name if given else 'a constant of the program', file)
+    for name, value in flat.items()
+  ]
+  return {'written': digests, 'tensors': rows}
 
 
 def _bring_flatbuffers(folder: pathlib.Path):

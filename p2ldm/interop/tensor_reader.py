@@ -16,7 +16,7 @@ class Report:
   Attributes:
     rows: [{'tensor', 'shape', 'dtype', 'became', 'file'}]; 'became' is the name of ours, or 'left out',
       'missing'.
-    digests: {file: SHA-256}.
+    digests: {file: SHA-256}; files are named by their paths in the source.
     notes: what a person should know, sentences.
   """
 
@@ -46,6 +46,17 @@ class Report:
       + f', {count["missing"]} missing.'
     ]
     return '\n'.join([*lines, *self.notes])
+
+
+def row(tensor: str, value: np.ndarray, became, file: str) -> dict:
+  """What became of one tensor of ours when it was written to `file`."""
+  return {
+    'tensor': tensor,
+    'shape': list(value.shape),
+    'dtype': str(value.dtype),
+    'became': became,
+    'file': file,
+  }
 
 
 class Reader:
@@ -110,7 +121,7 @@ class Reader:
           'shape': list(self.file.shapes[original]),
           'dtype': self.file.dtypes[original],
           'became': became,
-          'file': self.file.path.name,
+          'file': self.file.files[original],
         }
       )
     tensor_layout.check(

@@ -4,7 +4,7 @@ Parameters are float32; `dtype` is what a layer computes in (bfloat16 on acceler
 softmax always compute in float32.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import flax.linen as nn
 import jax
@@ -20,6 +20,18 @@ def num_groups(channels: int, groups: Sequence[int]) -> int:
   """How many groups a norm of so many channels has, given (most groups, least channels of a group)."""
   most, least = groups
   return max(1, min(most, channels // least))
+
+
+def same_groups(widths: Iterable[int], one: Sequence[int], other: Sequence[int]) -> bool:
+  """Whether the norms of a network have equally many groups under both (see `num_groups`).
+
+  Args:
+    widths: channels of its levels; norms behind a skip connection have those of two levels.
+    one, other: (most groups, least channels of a group).
+  """
+  widths = set(widths)
+  joined = widths | {a + b for a in widths for b in widths}
+  return all(num_groups(width, one) == num_groups(width, other) for width in joined)
 
 
 class GroupNorm(nn.Module):

@@ -1,10 +1,13 @@
 """Training a denoiser that does not start from nothing: from CompVis' weights, say, or a model of ours.
 
-Every tensor that the pretrained denoiser has, too, is taken from there; what is new starts without effect on
-the prediction, so that the first step sees what the pretrained model computes:
+Every tensor that the pretrained denoiser has, too, is taken from there. After an unconditional model, what is
+new starts without effect on the prediction, so that the first step sees what the pretrained model computes:
   transformers beside attention blocks     their last layer starts at zero, as always
   the mask as further channels             the first convolution has zeros for them
   attributes by the timestep embedding     their last layer starts at zero
+The latter two do so beside conditions that stay as they were, too. A condition that joins another one in
+cross-attention, or another width of the condition encoder, changes the first prediction: the transformers
+that are taken read tokens they do not know.
 """
 
 import re
@@ -18,8 +21,9 @@ from p2ldm.data.latents import LatentCache, LatentStatistics
 from p2ldm.errors import UserError
 from p2ldm.interop import model_directory
 from p2ldm.interop.model_directory import ModelParts
-from p2ldm.models.layers import NORM_GROUPS
+from p2ldm.models.layers import NORM_GROUPS, same_groups
 
+_LEAST = 0.5  # share of the U-Net's parameters that have to be taken
 _FIRST = 'backbone.input_blocks_0.layers_0.kernel'
 
 
@@ -31,7 +35,8 @@ def load(config, autoencoder: Mapping) -> ModelParts | None:
     autoencoder: parameters of the run's autoencoder.
 
   Raises:
-    UserError: there is no such model, it has no denoiser, or another autoencoder, schedule or prediction.
+    UserError: there is no such model, it has no denoiser, or another autoencoder, schedule, prediction,
+      attention heads or norms.
   """
   path = config.denoiser.pretrained
   if not path:
@@ -63,10 +68,12 @@ def load(config, autoencoder: Mapping) -> ModelParts | None:
         f'The U-Net in {path} has {key} = {unet.get(key, 0)}, and the config says '
         f'{config.denoiser.unet[key]}. Set --config.denoiser.unet.{key}={unet.get(key, 0)}.'
       )
-  if unet['channels'] < 128 and tuple(unet.get('norm_groups', NORM_GROUPS)) != NORM_GROUPS:
+  widths = [unet['channels'] * m for m in unet['channel_multipliers']]
+  groups = unet.get('norm_groups', NORM_GROUPS)
+  if not same_groups(widths, groups, NORM_GROUPS):
     raise UserError(
-      f'The U-Net in {path} has norms with groups of other sizes than those that are trained here, which '
-      'matters below 128 channels. It can be drawn with and converted, but training cannot start from it.'
+      f'The U-Net in {path} has norms with other groups (norm_groups {tuple(groups)}) than those that are '
+      f'trained here {NORM_GROUPS}. It can be drawn with and converted, but training cannot start from it.'
     )
   return parts
 
@@ -91,26 +98,31 @@ def start(params: dict, pretrained: dict, source) -> dict:
     Nested dicts like `params`.
 
   Raises:
-    UserError: the two have nothing in common.
+    UserError: less than half of the U-Net's parameters are there.
   """
   ours = traverse_util.flatten_dict(params, sep='.')
   theirs = _renumbered(traverse_util.flatten_dict(pretrained, sep='.'), ours)
-  found, taken = dict(ours), 0
+  found, taken = dict(ours), []
   for name, value in ours.items():
     other = theirs.get(name)
     if name == _FIRST and other is not None and other.shape != value.shape:
       other = _with_zeros(other, value.shape)
     if other is not None and other.shape == value.shape:
-      found[name], taken = _like(other, value), taken + 1
+      found[name] = _like(other, value)
+      taken.append(name)
     elif name.startswith('attribute_out.'):
       found[name] = _like(np.zeros(value.shape, np.float32), value)
-  if not taken:
+  sizes = {name: value.size for name, value in ours.items() if name.startswith('backbone.')}
+  share = sum(sizes.get(name, 0) for name in taken) / sum(sizes.values())
+  if share < _LEAST:
     raise UserError(
-      f'No tensor of the denoiser in {source} fits this one: it cannot start from there.'
+      f'Of the parameters of this U-Net, {share:.0%} fit those of the denoiser in {source}; training starts '
+      f'from another model where at least {_LEAST:.0%} do. Give config.denoiser.unet the channels, '
+      "multipliers and blocks of that model, or leave config.denoiser.pretrained ''."
     )
   print(
-    f'diffusion: starts from {source}: {taken} tensors taken, {len(ours) - taken} new, '
-    f'{len(theirs) - taken} left out'
+    f'diffusion: starts from {source}: {len(taken)} tensors taken, {len(ours) - len(taken)} new, '
+    f'{len(theirs) - len(taken)} left out'
   )
   return traverse_util.unflatten_dict(found, sep='.')
 

@@ -6,9 +6,12 @@
 Comes with an exported model; needs torch and diffusers.
 """
 
+import inspect
+
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 UNSPECIFIED = 255
@@ -83,37 +86,62 @@ class P2LDMPipeline(DiffusionPipeline):
       num_images: N; by default the number of rows or latents given, else 1.
       num_inference_steps: network evaluations per image.
       attributes_scale, mask_scale: of classifier-free guidance, 1 is none.
-      eta: noise of DDIM, 0 to 1.
-      generator: of the noise.
+      eta: noise of DDIM, 0 to 1; other schedulers ignore it.
+      generator: of the noise, on the CPU or on the pipeline's device, or a list of one an image.
       latents: (N, C, h, w) standard normal, the noise to start from.
       output_type: 'pil', 'np' ((N, H, W, 3) in [0, 1]) or 'latent'.
       return_dict: an `ImagePipelineOutput`, or else a tuple.
+
+    Raises:
+      ValueError: something is no condition of this model, or the numbers of rows do not agree.
     """
     attributes, mask = self._attributes(attributes), self._mask(mask)
-    given = latents if latents is not None else ()
-    count = num_images or max(len(attributes), len(mask), len(given))
+    side, channels = self.unet.config.sample_size, self.unet.config.out_channels
+    count = self._count(num_images, attributes, mask, latents, (channels, side, side))
     attributes = attributes.expand(count, -1)
     mask = mask.expand(count, -1, -1)
     predict, weights = self._conditioned(attributes, mask, attributes_scale, mask_scale)
     if latents is None:
-      side, channels = self.unet.config.sample_size, self.unet.config.out_channels
-      latents = torch.randn(
-        (count, channels, side, side), generator=generator, device=attributes.device
-      )
+      shape = (count, channels, side, side)
+      latents = randn_tensor(shape, generator=generator, device=self.device, dtype=torch.float32)
     x = latents.to(self.device, self.unet.dtype) * self.scheduler.init_noise_sigma
     self.scheduler.set_timesteps(num_inference_steps, device=self.device)
-    options = {'eta': eta} if eta else {}
+    accepted = inspect.signature(self.scheduler.step).parameters
+    options = {'generator': generator, 'eta': eta}
+    options = {name: value for name, value in options.items() if name in accepted}
     for t in self.progress_bar(self.scheduler.timesteps):
       scaled = self.scheduler.scale_model_input(x, t)
       branches = predict(torch.cat([scaled] * len(weights)), t).chunk(len(weights))
       output = sum(weight * branch for weight, branch in zip(weights, branches, strict=True))
-      x = self.scheduler.step(output, t, x, generator=generator, **options).prev_sample
+      x = self.scheduler.step(output, t, x, **options).prev_sample
     if output_type != 'latent':
       x = self._decode(x)
       x = x.clamp(-1, 1).permute(0, 2, 3, 1).float().cpu().numpy() / 2 + 0.5
     if output_type == 'pil':
       x = [Image.fromarray(image) for image in np.round(x * 255).astype(np.uint8)]
     return ImagePipelineOutput(images=x) if return_dict else (x,)
+
+  def _count(self, num_images, attributes, mask, latents, shape):
+    """How many images are asked for; raises `ValueError` unless all that is given fits."""
+    if num_images is not None and num_images < 1:
+      raise ValueError(f'num_images must be at least 1, not {num_images}.')
+    if latents is not None and (latents.ndim != 4 or tuple(latents.shape[1:]) != shape):
+      raise ValueError(f'latents must be (images, {str(shape)[1:]}, not {tuple(latents.shape)}.')
+    rows = {'attributes': len(attributes), 'mask': len(mask)}
+    count = num_images or (len(latents) if latents is not None else max(rows.values()))
+    for name, number in rows.items():
+      if number not in (1, count):
+        raise ValueError(f'{name} has {number} rows, but {count} images are asked for.')
+    if latents is not None and len(latents) != count:
+      raise ValueError(f'latents has {len(latents)} rows, but {count} images are asked for.')
+    given = {'attributes': (attributes != 0).any(), 'mask': (mask != UNSPECIFIED).any()}
+    for name, is_given in given.items():
+      encoder = self.condition_encoder
+      if is_given and (encoder is None or encoder.config[name] == 'none'):
+        raise ValueError(
+          f'This model was trained without {name}: leave {name} out, or take another.'
+        )
+    return count
 
   def _conditioned(self, attributes, mask, attributes_scale, mask_scale):
     """The U-Net under the branches of guidance, stacked, and the weight of each branch.
@@ -188,7 +216,8 @@ class P2LDMPipeline(DiffusionPipeline):
     value = torch.as_tensor(np.asarray(value)).to(self.device, torch.int64)
     value = value[None] if value.ndim == 2 else value
     classes = len(self.config.schema['classes'])
-    if value.shape[1:] != (size, size) or not ((value < classes) | (value == UNSPECIFIED)).all():
+    known = ((value >= 0) & (value < classes)) | (value == UNSPECIFIED)
+    if value.shape[1:] != (size, size) or not known.all():
       raise ValueError(
         f'A mask is {size} x {size} class ids from 0 to {classes - 1}, or 255 for unspecified.'
       )
