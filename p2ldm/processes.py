@@ -10,12 +10,10 @@ import os
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from p2ldm import sharding
 from p2ldm.errors import UserError
 
 _LONGEST_WAIT_MS = 7 * 24 * 3600 * 1000
@@ -48,7 +46,7 @@ def initialize(
     )
   if not any(given) and not detect:
     return
-  # JAX would take SIGTERM for itself, and agree on a step by its own count: see `Vote`.
+  # JAX would take SIGTERM for itself, and agree on a step by its own count: see `training.vote`.
   jax.config.update('jax_enable_preemption_service', False)
   try:
     jax.distributed.initialize(coordinator_address, num_processes, process_id)
@@ -89,24 +87,3 @@ def from_main(value: bool) -> bool:
     return value
   barrier('process 0 decides')
   return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
-
-
-class Vote:
-  """Whether any process wants something, asked at every step without waiting for the answer."""
-
-  def __init__(self, mesh: jax.sharding.Mesh):
-    """Takes the mesh over whose devices the votes are counted."""
-    self._mesh, self._last = mesh, None
-    self._any = jax.jit(jnp.any, out_shardings=sharding.replicated(mesh))
-
-  def __call__(self, mine: bool) -> bool:
-    """Hands in the vote of this process. All must do so, equally often.
-
-    Returns:
-      Whether any process voted yes at the call before, the same in all of them; of one process, its vote.
-    """
-    if not several():
-      return mine
-    last, votes = self._last, np.full(len(self._mesh.local_devices), mine)
-    self._last = self._any(sharding.put_rows(votes, self._mesh))
-    return last is not None and bool(last)

@@ -20,7 +20,14 @@ from flax import traverse_util
 from p2ldm.diffusion import samplers
 from p2ldm.diffusion.schedule import make_schedule
 from p2ldm.errors import UserError
-from p2ldm.interop import diffusers, diffusers_export, importing, tensor_layout, weights
+from p2ldm.interop import (
+  diffusers,
+  diffusers_config,
+  diffusers_export,
+  importing,
+  tensor_layout,
+  weights,
+)
 from p2ldm.interop.model_directory import ModelParts
 from p2ldm.models.autoencoder import Autoencoder
 from p2ldm.models.unet import UNet
@@ -150,10 +157,10 @@ def close(ours, theirs):
 )
 def test_an_autoencoder_computes_what_diffusers_does(kind, changes):
   network = randomized(getattr(reference, kind)(**{**AUTOENCODER, **changes}))
-  fields = diffusers.autoencoder_fields(config_of(network), kind)
+  fields = diffusers_config.autoencoder_fields(config_of(network), kind)
   shapes, levels = weights.autoencoder_shapes(fields, kind), len(fields['channel_multipliers'])
   variables = converted(network, diffusers.autoencoder_entries(shapes, levels), shapes)
-  same_shapes(network, diffusers.autoencoder_config(fields, 32, 1.0))
+  same_shapes(network, diffusers_config.autoencoder_config(fields, 32, 1.0))
   image = np.random.default_rng(0).uniform(-1, 1, (2, 3, 32, 32)).astype(np.float32)
   with torch.no_grad():
     encoded = network.encode(torch.from_numpy(image))
@@ -177,7 +184,7 @@ def test_an_autoencoder_computes_what_diffusers_does(kind, changes):
 )
 def test_a_unet_computes_what_diffusers_does(kind, changes):
   network = randomized(getattr(reference, kind)(**{**UNET, **changes}))
-  fields = diffusers.unet_fields(config_of(network), kind)
+  fields = diffusers_config.unet_fields(config_of(network), kind)
   assert (fields.pop('in_channels'), fields['out_channels']) == (3, 3)
   width = fields.pop('context_width')
   model = weights.make_module(UNet, fields)
@@ -194,7 +201,7 @@ def test_a_unet_computes_what_diffusers_does(kind, changes):
   variables = converted(network, entries, shapes)
   denoiser = {'attributes': 'cross_attention' if width else 'none', 'mask': 'none'}
   denoiser |= {'latent_channels': 3, 'condition_encoder': {'width': width}}
-  same_shapes(network, diffusers.unet_config(fields, denoiser, 3, 16))
+  same_shapes(network, diffusers_config.unet_config(fields, denoiser, 3, 16))
   inputs = [torch.from_numpy(x), torch.from_numpy(t)]
   inputs += [torch.from_numpy(context)] if width else []
   with torch.no_grad():
@@ -494,15 +501,15 @@ def test_what_the_config_says_of_latents_is_taken(tmp_path):
 def test_variants_that_compute_something_else_are_refused_by_name(changes):
   network = reference.UNet2DConditionModel
   config = {**UNET, **CONDITIONAL, '_class_name': network.__name__}
-  diffusers.unet_fields({**config, 'upcast_attention': True}, 'there')
+  diffusers_config.unet_fields({**config, 'upcast_attention': True}, 'there')
   with pytest.raises(UserError, match=f'there: .*{next(iter(changes))}'):
-    diffusers.unet_fields({**config, **changes}, 'there')
+    diffusers_config.unet_fields({**config, **changes}, 'there')
 
 
 @pytest.mark.parametrize('changes', [{'trained_betas': [0.1]}, {'rescale_betas_zero_snr': True}])
 def test_other_schedules_are_refused_by_name(changes):
   with pytest.raises(UserError, match=f'there: {next(iter(changes))} is'):
-    diffusers.diffusion({**SCHEDULER, **changes}, 'there')
+    diffusers_config.diffusion({**SCHEDULER, **changes}, 'there')
 
 
 def test_every_default_of_diffusers_is_accepted():
@@ -511,7 +518,7 @@ def test_every_default_of_diffusers_is_accepted():
     parameters = inspect.signature(kind.__init__).parameters
     defaults = {name: p.default for name, p in parameters.items() if name != 'self'}
     config = {**defaults, **UNET, **given, '_class_name': kind.__name__}
-    diffusers.unet_fields(config, 'there')
+    diffusers_config.unet_fields(config, 'there')
 
 
 def test_heads_of_several_widths_are_not_for_a_unet_2d_model():
@@ -522,7 +529,7 @@ def test_heads_of_several_widths_are_not_for_a_unet_2d_model():
   denoiser = {'attributes': 'none', 'mask': 'none', 'latent_channels': 3}
 
   def width(factors, **heads):
-    config = diffusers.unet_config(
+    config = diffusers_config.unet_config(
       {**fields, 'attention_factors': factors, **heads}, denoiser, 3, 8
     )
     return config['attention_head_dim']

@@ -22,7 +22,14 @@ from flax import traverse_util
 
 from p2ldm import storage
 from p2ldm.errors import UserError
-from p2ldm.interop import condition_encoder, diffusers, tensor_layout, tensor_reader, weights
+from p2ldm.interop import (
+  condition_encoder,
+  diffusers,
+  diffusers_config,
+  tensor_layout,
+  tensor_reader,
+  weights,
+)
 from p2ldm.interop.model_card import model_card
 from p2ldm.interop.model_directory import ModelParts
 from p2ldm.models.layers import NORM_GROUPS, num_groups, same_groups
@@ -120,7 +127,7 @@ def scheduler_config(diffusion: Mapping) -> dict:
 
 def _autoencoder(parts: ModelParts, scale: float):
   fields = parts.config['autoencoder']
-  config = diffusers.autoencoder_config(fields, parts.config['image_size'], scale)
+  config = diffusers_config.autoencoder_config(fields, parts.config['image_size'], scale)
   config['norm_num_groups'] = _groups(fields, config['block_out_channels'])
   flat = traverse_util.flatten_dict(parts.autoencoder, sep='.')
   entries = diffusers.autoencoder_entries(flat, len(fields['channel_multipliers']))
@@ -135,7 +142,7 @@ def _unet(parts: ModelParts):
   shapes = {name: value.shape for name, value in flat.items()}
   in_channels = shapes['input_blocks_0.layers_0.kernel'][2]
   side = parts.config['image_size'] // denoiser['latent_factor']
-  config = diffusers.unet_config(fields, denoiser, in_channels, side)
+  config = diffusers_config.unet_config(fields, denoiser, in_channels, side)
   config['norm_num_groups'] = _groups(fields, config['block_out_channels'])
   return config, diffusers.unet_entries(list(flat), fields, shapes), flat
 

@@ -12,7 +12,7 @@ import numpy as np
 import p2ldm
 from p2ldm.data.labels import CELEBAMASK_HQ, LabelSchema
 from p2ldm.errors import UserError
-from p2ldm.interop import compvis, condition_encoder, diffusers, weights
+from p2ldm.interop import compvis, condition_encoder, diffusers, diffusers_config, weights
 from p2ldm.interop.model_directory import ModelParts
 from p2ldm.interop.tensor_files import TensorFile
 from p2ldm.interop.tensor_reader import Reader, Report
@@ -145,7 +145,7 @@ def from_diffusers(folder, options: Options) -> tuple[ModelParts, Report]:
     )
   inner = next((folder / n for n in ('vqvae', 'vae') if (folder / n).is_dir()), folder)
   config = _json(inner / 'config.json')
-  fields = diffusers.autoencoder_fields(config, inner / 'config.json')
+  fields = diffusers_config.autoencoder_fields(config, inner / 'config.json')
   fields['norm_groups'] = index.get('norm_groups', fields['norm_groups'])
   reader = Reader(_weights(inner, folder), options, report, diffusers.modern_name)
   shapes = weights.autoencoder_shapes(fields, str(inner / 'config.json'))
@@ -155,7 +155,7 @@ def from_diffusers(folder, options: Options) -> tuple[ModelParts, Report]:
   )
   reader.finish()
   scale = 1.0 if fields['regularizer'] == 'vq' else config.get('scaling_factor', _KL_SCALE)
-  statistics = diffusers.latents(
+  statistics = diffusers_config.latents(
     config, options.scale or scale, fields['latent_channels'], inner / 'config.json'
   )
   size = options.image_size or _size_of_diffusers(folder, index, fields)
@@ -174,7 +174,7 @@ def from_diffusers(folder, options: Options) -> tuple[ModelParts, Report]:
     found |= {
       'denoiser': denoiser_fields,
       'schema': schema.to_dict(),
-      'diffusion': diffusers.diffusion(_json(scheduler), scheduler),
+      'diffusion': diffusers_config.diffusion(_json(scheduler), scheduler),
     }
   found['provenance'] = index.get('provenance') or _provenance(folder.absolute().name, report)
   return ModelParts(found, autoencoder, denoiser), report
@@ -194,7 +194,7 @@ def _size_of_diffusers(folder: pathlib.Path, index: Mapping, autoencoder: Mappin
 def _denoiser_of_diffusers(folder, index, fields, options, report):
   """Fields and parameters of the denoiser in a pipeline's folder."""
   source = folder / 'unet' / 'config.json'
-  unet = diffusers.unet_fields(_json(source), source)
+  unet = diffusers_config.unet_fields(_json(source), source)
   unet['norm_groups'] = index.get('norm_groups', unet['norm_groups'])
   ours = folder / 'condition_encoder'
   if ours.is_dir():

@@ -23,6 +23,7 @@ from p2ldm.training.metrics import MetricWriter
 from p2ldm.training.state import TrainState
 from p2ldm.training.step import check, create_state, jit_step
 from p2ldm.training.task import Task
+from p2ldm.training.vote import Vote
 
 MAX_SKIPPED = 100  # in a row; then on_non_finite = 'skip' stops too
 
@@ -106,7 +107,7 @@ class Run:
       smoothing=0.05,
     )
     self._log = StepLog(task, self._directory, first, self._writer, self._bar)
-    batches, pending, vote = task.train_batches(first), None, processes.Vote(self._mesh)
+    batches, pending, vote = task.train_batches(first), None, Vote(self._mesh)
     try:
       if owes(self._directory, first):
         self._look(first, state)

@@ -139,7 +139,7 @@ def open_data(config):
 
   path = storage.as_path(config.data.dir)
   if config.data.embedded_faces > 0:
-    if processes.is_main() and not path.exists():
+    if processes.is_main() and not (path / 'prepare.json').exists():
       from p2ldm.prepare import prepare_embedded
 
       prepare_embedded(path, config.data.embedded_faces, config.data.image_size, config.seed)
