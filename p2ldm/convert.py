@@ -75,9 +75,7 @@ def convert(
     parts.config['latents'] = measure_latents(parts, data, num_images)
   report['statistics_of_latents'] = parts.config['latents']
   is_pipeline = write == 'diffusers' and parts.denoiser is not None
-  last = (
-    'model_index.json' if is_pipeline else 'config.json'
-  )  # by which readers know that it is whole
+  last = 'model_index.json' if is_pipeline else 'config.json'  # by which readers know it is whole
   with storage.new_directory(dest, last) as new:
     new.rmdir()  # the writers make it
     found = _write(parts, new, write, export)

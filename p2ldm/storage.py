@@ -1,10 +1,10 @@
 """Folders and files on a disk or in a bucket (gs://), and writing them whole or not at all.
 
 On a disk a new file or folder is written beside the old one and takes its name in one step; what a killed
-process leaves beside it is cleared away by the next that writes there. A bucket has no
-such step for folders: there their files are copied one by one, and the one by which readers tell that a
-folder is complete goes first and comes back last. Meanwhile a file `.unfinished` says that whatever a process
-that was killed leaves there may be replaced.
+process leaves beside it is cleared away by the next that writes there. A bucket has no such step for folders:
+there their files are copied one by one, and the one by which readers tell that a folder is complete goes first
+and comes back last. Meanwhile a file `.unfinished` says that whatever a process that was killed leaves there
+may be replaced.
 
 What libraries read themselves (array_record, memory maps, safetensors) is copied from a bucket to this
 machine before it is opened: `local_copy`.
@@ -128,9 +128,7 @@ def move(source, target):
     names = bucket.find(root)
     for name in names:
       bucket.cp_file(name, there + name.removeprefix(root))
-    for name in sorted(
-      names, key=lambda name: name.count('/')
-    ):  # those that say it is complete first
+    for name in sorted(names, key=lambda name: name.count('/')):  # what says it is complete first
       bucket.rm_file(name)
 
 
