@@ -2,9 +2,9 @@
 
 On a disk a new file or folder is written beside the old one and takes its name in one step; what a killed
 process leaves beside it is cleared away by the next that writes there. A bucket has no such step for folders:
-there their files are copied one by one, and the one by which readers tell that a folder is complete goes first
-and comes back last. Meanwhile a file `.unfinished` says that whatever a process that was killed leaves there
-may be replaced.
+there their files are copied one by one, and the one by which readers tell that a folder is complete goes
+first and comes back last. Meanwhile a file `.unfinished` says that whatever a process that was killed leaves
+there may be replaced.
 
 What libraries read themselves (array_record, memory maps, safetensors) is copied from a bucket to this
 machine before it is opened: `local_copy`.
