@@ -70,7 +70,7 @@ class Lease:
       if found.stamp.generation != first:
         self._refuse(found)
       time.sleep(RENEWED / 10)
-      interruptions.check(f'Nothing was begun in {self._directory}.')
+      interruptions.check(f'{self._directory} as it was')
       found = self._read()
     written = self._write(found.stamp.generation)
     if not written:
