@@ -151,8 +151,8 @@ def close(ours, theirs):
     ('VQModel', {'num_vq_embeddings': 64}),
     ('VQModel', {'num_vq_embeddings': 64, **WITH_ATTENTION}),
     ('AutoencoderKL', {'latent_channels': 4, 'layers_per_block': 2}),
-    pytest.param('VQModel', VQ_F4, marks=paper_size),
-    pytest.param('AutoencoderKL', KL_F8, marks=paper_size),
+    ('VQModel', VQ_F4),
+    ('AutoencoderKL', KL_F8),
   ],
 )
 def test_an_autoencoder_computes_what_diffusers_does(kind, changes):
