@@ -3,9 +3,12 @@
 Nothing here imports diffusers or PyTorch. A config that stands for a network that p2ldm has not is refused.
 """
 
+import functools
+import math
 from collections.abc import Mapping
 
 from p2ldm.errors import UserError
+from p2ldm.models.layers import NORM_GROUPS
 
 # What diffusers takes where a config, of an early version say, lacks a key.
 _DEFAULTS = {
@@ -27,6 +30,7 @@ def autoencoder_config(fields: Mapping, image_size: int, scale: float) -> dict:
     scale: of the latents, what diffusers multiplies them by.
   """
   levels = len(fields['channel_multipliers'])
+  widths = [fields['channels'] * m for m in fields['channel_multipliers']]
   attention = set(fields.get('attention_levels', ()))
   vector_quantized = fields['regularizer'] == 'vq'
   config = {
@@ -40,11 +44,11 @@ def autoencoder_config(fields: Mapping, image_size: int, scale: float) -> dict:
       'AttnUpDecoderBlock2D' if i in attention else 'UpDecoderBlock2D'
       for i in reversed(range(levels))
     ],
-    'block_out_channels': [fields['channels'] * m for m in fields['channel_multipliers']],
+    'block_out_channels': widths,
     'layers_per_block': fields['num_res_blocks'],
     'act_fn': 'silu',
     'latent_channels': fields['latent_channels'],
-    'norm_num_groups': fields.get('norm_groups', (32, 4))[0],
+    'norm_num_groups': _norm_groups(fields, widths),
     'sample_size': image_size,
     'scaling_factor': scale,
     'mid_block_add_attention': fields.get('middle_attention', True),
@@ -190,7 +194,7 @@ def unet_config(fields: Mapping, denoiser: Mapping, in_channels: int, size: int)
     'layers_per_block': fields['num_res_blocks'],
     'downsample_padding': 1,
     'act_fn': 'silu',
-    'norm_num_groups': fields.get('norm_groups', (32, 4))[0],
+    'norm_num_groups': _norm_groups(fields, widths),
     'norm_eps': 1e-5,
     'dropout': fields['dropout'],
     'freq_shift': 0,
@@ -368,6 +372,11 @@ def _check_blocks(blocks, known, widths, source):
 def _check_multiples(widths, source):
   if any(width % widths[0] for width in widths):
     raise UserError(f'{source}: block_out_channels {widths} are not multiples of the first.')
+
+
+def _norm_groups(fields: Mapping, widths: list[int]) -> int:
+  """A number of groups that diffusers can build the network with; the pipeline puts it right."""
+  return functools.reduce(math.gcd, widths, fields.get('norm_groups', NORM_GROUPS)[0])
 
 
 def head_channels(fields: Mapping, channels: int) -> int:

@@ -10,9 +10,7 @@ DEST/
   README.md               the model card
 """
 
-import functools
 import json
-import math
 import pathlib
 from collections.abc import Callable, Mapping
 
@@ -128,7 +126,6 @@ def scheduler_config(diffusion: Mapping) -> dict:
 def _autoencoder(parts: ModelParts, scale: float):
   fields = parts.config['autoencoder']
   config = diffusers_config.autoencoder_config(fields, parts.config['image_size'], scale)
-  config['norm_num_groups'] = _groups(fields, config['block_out_channels'])
   flat = traverse_util.flatten_dict(parts.autoencoder, sep='.')
   entries = diffusers.autoencoder_entries(flat, len(fields['channel_multipliers']))
   return config, entries, flat
@@ -143,7 +140,6 @@ def _unet(parts: ModelParts):
   in_channels = shapes['input_blocks_0.layers_0.kernel'][2]
   side = parts.config['image_size'] // denoiser['latent_factor']
   config = diffusers_config.unet_config(fields, denoiser, in_channels, side)
-  config['norm_num_groups'] = _groups(fields, config['block_out_channels'])
   return config, diffusers.unet_entries(list(flat), fields, shapes), flat
 
 
@@ -155,11 +151,6 @@ def _condition_encoder(parts: ModelParts):
   shapes = {name: value.shape for name, value in flat.items()}
   config = condition_encoder.config(parts.config['denoiser'])
   return config, condition_encoder.entries(shapes), flat
-
-
-def _groups(fields: Mapping, widths: list[int]) -> int:
-  """A number of groups that diffusers can build the network with; the pipeline puts it right."""
-  return functools.reduce(math.gcd, widths, fields.get('norm_groups', NORM_GROUPS)[0])
 
 
 def _index(config: Mapping, networks: Mapping) -> dict:
@@ -220,7 +211,7 @@ def _write(new: pathlib.Path, prefix: str, ours: str, config: dict, entries, fla
   for entry in entries:
     value = np.asarray(flat[entry.ours])
     rows.append(
-      tensor_reader.row(f'{ours}.{entry.ours}', value, list(entry.theirs), f'{prefix}{_FILE}')
+      tensor_reader.written(f'{ours}.{entry.ours}', value, list(entry.theirs), f'{prefix}{_FILE}')
     )
     tensors |= dict(zip(entry.theirs, tensor_layout.to_theirs(entry, value), strict=True))
   _json(new / f'{prefix}config.json', {**config, '_diffusers_version': _VERSION})

@@ -114,8 +114,7 @@ def export(
     _bring_flatbuffers(new / 'flatbuffers')
     digests = {name: weights.sha256(new / name) for name in writers}
     config = {
-      'image_size': parts.config['image_size'],
-      'schema': parts.config['schema'],
+      **{name: parts.config[name] for name in ('image_size', 'schema', 'provenance')},
       'sampler': sampler,
       'steps': steps,
       'batch_size': batch_size or None,
@@ -123,13 +122,12 @@ def export(
       'dtype': dtype,
       'jax': jax.__version__,
       'calling_convention': program.calling_convention_version,
-      'provenance': parts.config['provenance'],
       'sha256': digests,
     }
     (new / 'config.json').write_text(json.dumps(config, indent=1) + '\n')
   file = 'weights.npz' if given else 'sampler.stablehlo'
   rows = [
-    tensor_reader.row(name, value, name if given else 'a constant of the program', file)
+    tensor_reader.written(name, value, name if given else 'a constant of the program', file)
     for name, value in flat.items()
   ]
   return {'written': digests, 'tensors': rows}

@@ -48,7 +48,7 @@ class Report:
     return '\n'.join([*lines, *self.notes])
 
 
-def row(tensor: str, value: np.ndarray, became, file: str) -> dict:
+def written(tensor: str, value: np.ndarray, became, file: str) -> dict:
   """What became of one tensor of ours when it was written to `file`."""
   return {
     'tensor': tensor,
