@@ -221,19 +221,28 @@ def test_corrupt_records_have_no_labels(one_bad, whole):
     np.testing.assert_array_equal(known[key], values)
 
 
-def test_the_faces_of_a_batch_are_named_though_a_record_is_corrupt(one_bad, whole):
+@pytest.mark.parametrize(
+  'bad', [7, NUM - 1]
+)  # the last record is the one that a check of the file reads
+def test_the_faces_of_a_batch_are_named_though_a_record_is_corrupt(bad, whole, tmp_path):
+  def change(content):
+    content[position(whole, content, bad) + 50] ^= 1
+    return content
+
+  dataset = spoil(whole, tmp_path / 'faces', change)
   config = ConfigDict({'seed': 1, 'data': {'train_split': 'train'}})
   training, known = ConfigDict({'batch_size': NUM}), CorruptRecords(0.1)
-  labelled(one_bad, 'train', known)
-  assert known.indices('train').tolist() == [7]
-  expected = [face_names(whole, 'train')[i] for i in batch_examples(1, 0, NUM, NUM, False)[0]]
-  at = expected.index(face_names(whole, 'train')[7])
+  labelled(dataset, 'train', known)
+  assert known.indices('train').tolist() == [bad]
+  all_names = face_names(whole, 'train')
+  expected = [all_names[i] for i in batch_examples(1, 0, NUM, NUM, False)[0]]
+  at = expected.index(all_names[bad])
   unknown = CorruptRecords(0.1)  # another process found it
-  names = names_in_batch(config, training, one_bad, None, unknown, 0)
-  assert names == [*expected[:at], 'record 7 of train', *expected[at + 1 :]]
-  names = names_in_batch(config, training, one_bad, None, known, 0)
-  replaced = batch_examples(1, 0, NUM, NUM, False, np.array([7]))[0]
-  assert names == [face_names(whole, 'train')[i] for i in replaced]
+  names = names_in_batch(config, training, dataset, None, unknown, 0)
+  assert names == [*expected[:at], f'record {bad} of train', *expected[at + 1 :]]
+  names = names_in_batch(config, training, dataset, None, known, 0)
+  replaced = batch_examples(1, 0, NUM, NUM, False, np.array([bad]))[0]
+  assert names == [all_names[i] for i in replaced]
 
 
 @pytest.mark.parametrize('share', [-0.1, 1.0, float('nan')])
