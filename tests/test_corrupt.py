@@ -221,9 +221,8 @@ def test_corrupt_records_have_no_labels(one_bad, whole):
     np.testing.assert_array_equal(known[key], values)
 
 
-@pytest.mark.parametrize(
-  'bad', [7, NUM - 1]
-)  # the last record is the one that a check of the file reads
+# The last record is the one that a check of the file reads.
+@pytest.mark.parametrize('bad', [7, NUM - 1])
 def test_the_faces_of_a_batch_are_named_though_a_record_is_corrupt(bad, whole, tmp_path):
   def change(content):
     content[position(whole, content, bad) + 50] ^= 1
