@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from configs import base
 from p2ldm import interruptions, processes, sharding
 from p2ldm.training import loop
+from p2ldm.training.optimizer import AdamW
 from p2ldm.training.task import Task
 
 BATCH, INPUTS, OUTPUTS = 24, 256, 64  # parameters of 2^14: large enough to be sharded
@@ -60,7 +61,7 @@ def make_task(mesh, pause: float = 0.0, **changes) -> Task:
     name='toy',
     training=training,
     init=lambda key: {'net': {'w': jax.random.normal(key, (INPUTS, OUTPUTS))}},
-    optimizer=optax.adam(0.1),
+    optimizer=AdamW(optax.constant_schedule(0.1), 0.9, 0.999, weight_decay=0.0, clip=0.0),
     averaged=('net',),
     frozen=None,
     prepare=prepare,

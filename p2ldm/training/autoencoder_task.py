@@ -9,7 +9,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from p2ldm import pictures, sharding
 from p2ldm.data.corrupt import CorruptRecords
@@ -20,7 +19,8 @@ from p2ldm.models.autoencoder_loss import discriminator_factor, discriminator_lo
 from p2ldm.models.discriminator import PatchDiscriminator
 from p2ldm.models.perceptual import load_lpips
 from p2ldm.training.metrics import Means
-from p2ldm.training.state import TrainState, adamw
+from p2ldm.training.optimizer import adamw
+from p2ldm.training.state import TrainState
 from p2ldm.training.task import Task, names_in_batch
 
 NUM_PICTURES = 8
@@ -49,10 +49,6 @@ def make_task(config, model: Autoencoder, dataset, mesh) -> Task:
     discriminator = PatchDiscriminator(
       loss.discriminator_channels, loss.discriminator_layers, model.dtype
     )
-  # Each network has an optimizer of its own: the gradient clip of one must not look at the other.
-  optimizer = optax.multi_transform(
-    {'autoencoder': adamw(training), 'discriminator': adamw(training)}, label_networks
-  )
 
   def init(key):
     image = jnp.zeros((1, config.data.image_size, config.data.image_size, 3))
@@ -66,7 +62,7 @@ def make_task(config, model: Autoencoder, dataset, mesh) -> Task:
     name='autoencoder',
     training=training,
     init=init,
-    optimizer=optimizer,
+    optimizer=adamw(training),
     averaged=('autoencoder',),
     frozen=perceptual,
     prepare=lambda batch, key: {'image': batch['image']},
@@ -87,15 +83,6 @@ def make_task(config, model: Autoencoder, dataset, mesh) -> Task:
     evaluate=Evaluation(config, model, dataset, mesh, corrupt),
     draw=functools.partial(draw_reconstructions, config, jax.jit(model.apply), dataset, corrupt),
   )
-
-
-def label_networks(params: dict) -> dict:
-  """Each parameter's network, as `optax.multi_transform` asks for it."""
-
-  def label(name):
-    return jax.tree.map(lambda _: name, params[name])
-
-  return {name: label(name) for name in params}
 
 
 def gradients(state: TrainState, rows, key, perceptual, *, model, discriminator, loss):

@@ -21,7 +21,8 @@ from p2ldm.diffusion.loss import denoising_loss, loss_weights, unspecify
 from p2ldm.diffusion.schedule import Schedule, q_sample, target
 from p2ldm.models.denoiser import Denoiser
 from p2ldm.training.metrics import Means
-from p2ldm.training.state import TrainState, adamw
+from p2ldm.training.optimizer import adamw
+from p2ldm.training.state import TrainState
 from p2ldm.training.task import Task
 
 NUM_BINS = 10  # of the timestep, in the validation losses

@@ -23,7 +23,8 @@ from p2ldm.interop.evaluator_directory import EvaluatorParts
 from p2ldm.models.layers import resolve_dtype
 from p2ldm.training.augmentation import augment
 from p2ldm.training.evaluator_pictures import draw_attributes, draw_masks
-from p2ldm.training.state import TrainState, adamw
+from p2ldm.training.optimizer import adamw
+from p2ldm.training.state import TrainState
 from p2ldm.training.task import Task, names_in_batch
 
 NUM_PICTURES = 8

@@ -3,7 +3,8 @@
 import flax.struct
 import jax
 import jax.numpy as jnp
-import optax
+
+from p2ldm.training.optimizer import AdamState, AdamW
 
 
 @flax.struct.dataclass
@@ -21,11 +22,11 @@ class TrainState:
   step: jax.Array
   params: dict
   ema_params: dict
-  opt_state: optax.OptState
+  opt_state: AdamState
   skipped: jax.Array
 
   @classmethod
-  def create(cls, params: dict, optimizer: optax.GradientTransformation, averaged: tuple[str, ...]):
+  def create(cls, params: dict, optimizer: AdamW, averaged: tuple[str, ...]):
     """The state before the first step; `averaged` names the networks that have an EMA."""
     return cls(
       step=jnp.zeros((), jnp.int32),
@@ -35,64 +36,29 @@ class TrainState:
       skipped=jnp.zeros((), jnp.int32),
     )
 
-  def update(self, grads: dict, optimizer: optax.GradientTransformation, ema_decay: float):
-    """One optimizer step, and one of the moving average."""
-    updates, opt_state = optimizer.update(grads, self.opt_state, self.params)
-    params = optax.apply_updates(self.params, updates)
+  def update(self, grads: dict, optimizer: AdamW, ema_decay: float, good):
+    """One step of the optimizer and of the moving average; none where `good`, () bool, is false."""
+    params, opt_state = optimizer.update(grads, self.opt_state, self.params, good)
+    step = self.step + 1
     return TrainState(
-      step=self.step + 1,
+      step=step,
       params=params,
-      ema_params=average(self.ema_params, params, self.step + 1, ema_decay),
+      ema_params=average(self.ema_params, params, step, ema_decay, good),
       opt_state=opt_state,
-      skipped=self.skipped,
+      skipped=self.skipped + ~good,
     )
 
 
-def average(ema_params: dict, params: dict, step: jax.Array, decay: float) -> dict:
-  """The moving average after `step` updates, in float32.
+def average(ema_params: dict, params: dict, step: jax.Array, decay: float, good=True) -> dict:
+  """The moving average after `step` updates, in float32; as it was where `good` is false.
 
   The decay grows as (1 + step) / (10 + step) up to `decay`, so that a short run's average is not
   dominated by its random start (the rule of CompVis' LitEma).
   """
   rate = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
   return {
-    name: jax.tree.map(lambda e, p: e + (1.0 - rate) * (p - e), tree, params[name])
+    name: jax.tree.map(
+      lambda e, p: jnp.where(good, e + (1.0 - rate) * (p - e), e), tree, params[name]
+    )
     for name, tree in ema_params.items()
   }
-
-
-def learning_rate_schedule(training) -> optax.Schedule:
-  """Linear warm-up to `learning_rate`, then a cosine to `final_learning_rate` at the last step."""
-  warmup = min(training.warmup_steps, training.num_steps)
-  peak, final = training.learning_rate, training.final_learning_rate
-  decay = optax.constant_schedule(peak)
-  if final != peak:
-    decay = optax.cosine_decay_schedule(
-      peak, max(1, training.num_steps - warmup), alpha=final / peak
-    )
-  return optax.join_schedules([optax.linear_schedule(0.0, peak, max(1, warmup)), decay], [warmup])
-
-
-def adamw(training) -> optax.GradientTransformation:
-  """AdamW with decoupled weight decay on the matrices and kernels, after clipping the global norm.
-
-  Args:
-    training: a config with learning_rate, warmup_steps, final_learning_rate, num_steps, adam_b1,
-      adam_b2, weight_decay, and gradient_clip (0: none).
-  """
-
-  def decayed(params):
-    return jax.tree.map(lambda p: p.ndim > 1, params)
-
-  return optax.chain(
-    optax.clip_by_global_norm(training.gradient_clip)
-    if training.gradient_clip
-    else optax.identity(),
-    optax.adamw(
-      learning_rate_schedule(training),
-      b1=training.adam_b1,
-      b2=training.adam_b2,
-      weight_decay=training.weight_decay,
-      mask=decayed,
-    ),
-  )

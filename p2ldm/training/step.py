@@ -43,9 +43,7 @@ def make_step(task: Task, mesh: jax.sharding.Mesh):
     good = jnp.isfinite(metrics['loss']) & jnp.isfinite(metrics['gradient_norm'])
     if sticky:  # nothing after a bad step moves the state that is to be saved
       good &= state.skipped == 0
-    updated = state.update(grads, task.optimizer, training.ema_decay)
-    kept = state.replace(step=updated.step, skipped=state.skipped + 1)
-    state = jax.tree.map(lambda new, old: jnp.where(good, new, old), updated, kept)
+    state = state.update(grads, task.optimizer, training.ema_decay, good)
     return state, {**metrics, 'skipped': 1.0 - good}
 
   return step

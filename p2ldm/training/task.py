@@ -6,12 +6,12 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 
 from p2ldm.data.corrupt import CorruptRecords
 from p2ldm.data.order import batch_examples
 from p2ldm.data.prepared import PreparedDataset, face_names
 from p2ldm.errors import UserError
+from p2ldm.training.optimizer import AdamW
 from p2ldm.training.state import TrainState
 
 Batch = dict[str, Any]  # arrays that lead with the batch axis
@@ -25,7 +25,7 @@ class Task:
     name: the folder in the workdir, and the name on the progress bar.
     training: the config section with batch_size, num_steps, log_every, evaluate_every, ...
     init: key -> {network name: parameters}.
-    optimizer: over all of these parameters.
+    optimizer: of all of these parameters.
     averaged: names of the networks that have a moving average.
     frozen: pytree of arrays that steps and evaluations read and nothing trains (LPIPS, say), or None.
     prepare: (batch, key) -> rows, {name: array that leads with the batch axis}: what is drawn at random
@@ -45,7 +45,7 @@ class Task:
   name: str
   training: Any
   init: Callable[[jax.Array], dict]
-  optimizer: optax.GradientTransformation
+  optimizer: AdamW
   averaged: tuple[str, ...]
   frozen: Any
   prepare: Callable[[Batch, jax.Array], Batch]
