@@ -137,7 +137,9 @@ def check_same_size(ours, *theirs):
   mine = sum(x.size for x in jax.tree.leaves(ours))
   others = sum(p.numel() for module in theirs for p in module.parameters())
   if mine != others:
-    raise SystemExit(f'{mine:,} parameters here and {others:,} there: these are not the same model.')
+    raise SystemExit(
+      f'{mine:,} parameters here and {others:,} there: these are not the same model.'
+    )
   return mine
 
 
@@ -146,7 +148,7 @@ def check_same_result(ours, theirs, tolerance: float, what: str):
   ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
   difference = float(np.abs(ours - theirs).max() / ours.std())
   if not difference < tolerance:
-    raise SystemExit(f'{what}: ours and the peer\'s differ by {difference:.2g} standard deviations.')
+    raise SystemExit(f"{what}: ours and the peer's differ by {difference:.2g} standard deviations.")
   return difference
 
 

@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_PAUSE = 0.1  # seconds between two candidates, until the threads of the one before have gone to sleep
+_PAUSE = (
+  0.1  # seconds between two candidates, until the threads of the one before have gone to sleep
+)
 
 
 def alternate(
@@ -140,7 +142,9 @@ def report(benchmark: str, **record):
     'cores': os.cpu_count(),
     'load': round(os.getloadavg()[0], 1),
   }
-  print(json.dumps({'benchmark': benchmark, **record, **machine, 'versions': versions}, default=_plain))
+  print(
+    json.dumps({'benchmark': benchmark, **record, **machine, 'versions': versions}, default=_plain)
+  )
 
 
 def _plain(value):

@@ -17,7 +17,9 @@ SHAPES = {'bias': (7,), 'kernel': (3, 3, 4, 5), 'scale': (4,)}
 def tree(seed, scale=1.0):
   rng = np.random.default_rng(seed)
   return {
-    'net': {name: jnp.asarray(scale * rng.normal(size=s), jnp.float32) for name, s in SHAPES.items()}
+    'net': {
+      name: jnp.asarray(scale * rng.normal(size=s), jnp.float32) for name, s in SHAPES.items()
+    }
   }
 
 
@@ -60,7 +62,9 @@ def test_it_is_what_optax_computes(clip):
 def test_it_is_what_pytorch_computes():
   torch = pytest.importorskip('torch')
   training = make_training(gradient_clip=0.0, warmup_steps=0, final_learning_rate=0.02)
-  theirs = {name: torch.tensor(np.asarray(x)).requires_grad_() for name, x in tree(0)['net'].items()}
+  theirs = {
+    name: torch.tensor(np.asarray(x)).requires_grad_() for name, x in tree(0)['net'].items()
+  }
   decayed, rest = [theirs['kernel']], [theirs['bias'], theirs['scale']]
   optimizer = torch.optim.AdamW(
     [{'params': decayed, 'weight_decay': 0.1}, {'params': rest, 'weight_decay': 0.0}], lr=0.02

@@ -69,9 +69,7 @@ class AdamW:
       return jnp.where(good, self.b2 * v + (1 - self.b2) * g * g, v)
 
     def step(p, m, v):
-      direction = (m / (1 - self.b1**number)) / (
-        jnp.sqrt(v / (1 - self.b2**number)) + self.epsilon
-      )
+      direction = (m / (1 - self.b1**number)) / (jnp.sqrt(v / (1 - self.b2**number)) + self.epsilon)
       if p.ndim > 1:
         direction += self.weight_decay * p
       return jnp.where(good, p - rate * direction, p)
