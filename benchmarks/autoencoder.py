@@ -2,9 +2,10 @@
 
   python -m benchmarks.autoencoder --size=tiny --peers=eager,compile
 
-Both encode to latents before quantisation, and decode latents through the codebook; they agree, which is checked
-first. Prints one JSON line for each direction: seconds of a batch and images per second as median, least and most of
-the rounds; our seconds by theirs, round by round; FLOPs, bytes and the floors that they set.
+Both encode to latents before quantisation, and decode latents through the codebook; they agree, which is
+checked first. Prints one JSON line for each direction: seconds of a batch and images per second as median,
+least and most of the rounds; our seconds by theirs, round by round; FLOPs, bytes and the floors that they
+set.
 """
 
 import jax

@@ -2,8 +2,8 @@
 
 Sizes:
   tiny    that of configs/multi.py:tiny, 64 px, batch 16
-  24m     a U-Net of 24 M parameters: block channels 64, 128, 256, two residual blocks each, cross-attention at
-          the two lower levels, latents of 16 x 16; the autoencoder twice as wide, too; batch 16
+  24m     a U-Net of 24 M parameters: block channels 64, 128, 256, two residual blocks each, cross-attention
+          at the two lower levels, latents of 16 x 16; the autoencoder twice as wide, too; batch 16
   paper   that of configs/multi.py, 256 px, latents of 64 x 64, batch 48
 """
 

@@ -1,10 +1,10 @@
-"""Seconds until the first training step: tracing, lowering, compiling, and compiling once more from the cache.
+"""Seconds until the first training step: lowering, compiling, and compiling again from the cache.
 
   python -m benchmarks.compile_time --size=tiny
 
-The step is that of `p2ldm.main`. Each measurement is a process of its own, since what a process has compiled once it
-has at hand; the second of each pair finds the persistent cache that the first has filled, as a run that is started
-again does. Prints one JSON line: median, least and most of the rounds.
+The step is that of `p2ldm.main`. Each measurement is a process of its own, since what a process has
+compiled once it has at hand; the second of each pair finds the persistent cache that the first has filled,
+as a run that is started again does. Prints one JSON line: median, least and most of the rounds.
 """
 
 import json

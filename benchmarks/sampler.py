@@ -1,11 +1,11 @@
-"""Images per second of DDIM with guidance on both conditions, beside diffusers' pipeline with the same weights.
+"""Images per second of DDIM with both guidance scales, beside diffusers with the same weights.
 
   python -m benchmarks.sampler --size=24m --peers=eager,compile --steps=20
 
-Ours is `Pipeline.sample_latents`, the peer's the exported pipeline of diffusers (its U-Net, its DDIMScheduler),
-both to latents: from the same noise they draw the same, which is checked first. With both scales a step evaluates
-the network on three times the batch. Keys and values of the context are made once an image by ours, and once
-a step by diffusers.
+Ours is `Pipeline.sample_latents`, the peer's the exported pipeline of diffusers (its U-Net, its
+DDIMScheduler), both to latents: from the same noise they draw the same, which is checked first. With both
+scales a step evaluates the network on three times the batch. Keys and values of the context are made once
+an image by ours, and once a step by diffusers.
 
 Prints one JSON line: seconds of a batch and images per second as median, least and most of the rounds; our
 seconds by theirs, round by round; FLOPs, bytes of one step of the sampler and the floors that they set.

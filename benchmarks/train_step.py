@@ -2,11 +2,12 @@
 
   python -m benchmarks.train_step --size=24m --peers=eager,compile
 
-Ours is the step of `p2ldm.main`: conditions left unspecified at random, condition encoder, U-Net, P2-weighted
-loss, gradients, clipping, AdamW, moving average, guard against non-finite updates. The peer's does the same but for
-the first and the last: diffusers' UNet2DConditionModel behind the exported condition encoder, torch's fused
-AdamW, diffusers' EMAModel; on a GPU under autocast to bfloat16, channels last. Both predict the same from the
-same, which is checked first. A batch goes from the host to the device in every step of both.
+Ours is the step of `p2ldm.main`: conditions left unspecified at random, condition encoder, U-Net,
+P2-weighted loss, gradients, clipping, AdamW, moving average, guard against non-finite updates. The peer's
+does the same but for the first and the last: diffusers' UNet2DConditionModel behind the exported condition
+encoder, torch's fused AdamW, diffusers' EMAModel; on a GPU under autocast to bfloat16, channels last. Both
+predict the same from the same, which is checked first. A batch goes from the host to the device in every
+step of both.
 
 Prints one JSON line: seconds and images per second as median, least and most of the rounds; our seconds by
 theirs, round by round; FLOPs, bytes and the floors that they set; memory.
