@@ -2,11 +2,11 @@
 
   python -m benchmarks.sampling_cost runs/multi_tiny --evaluators=runs/evaluators --num_samples=256
 
-Draws the same faces, from the same noise and held-out conditions, with every sampler at every number of steps.
-Where a sampler has no noise of its own, both come to the solution of one differential equation as the steps
-grow: RMSE (of 255) and LPIPS are distances to what DDIM draws in --most_steps, image by image. DDPM draws other faces
-each time, and has none. Adherence is that of `p2ldm.evaluate`, its ceiling that of real photographs; the
-distance to photographs is KD-VGG. Compilation is not counted, decoding is.
+Draws the same faces, from the same noise and held-out conditions, with every sampler at every number of
+steps. Where a sampler has no noise of its own, both come to the solution of one differential equation as
+the steps grow: RMSE (of 255) and LPIPS are distances to what DDIM draws in --most_steps, image by image.
+DDPM draws other faces each time, and has none. Adherence is that of `p2ldm.evaluate`, its ceiling that of
+real photographs; the distance to photographs is KD-VGG. Compilation is not counted, decoding is.
 
 Prints a Markdown table; --out takes it as sampling_cost.md, with figures as JSON and plots.
 """
