@@ -52,11 +52,54 @@ class GroupNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    """(..., C) of any float dtype, C divisible by the number of groups (see `num_groups`)."""
-    y = nn.GroupNorm(
-      num_groups(x.shape[-1], self.groups), epsilon=self.epsilon, dtype=jnp.float32, name='norm'
-    )(x)
+    """(B, ..., C) of any float dtype, C divisible by the number of groups (see `num_groups`)."""
+    affine = _Affine(x.shape[-1], name='norm')
+    y = group_norm(x, *affine(), num_groups(x.shape[-1], self.groups), self.epsilon)
     return y.astype(self.dtype)
+
+
+class _Affine(nn.Module):
+  """The scale and bias of a norm."""
+
+  channels: int
+
+  @nn.compact
+  def __call__(self):
+    """(C,) and (C,) float32."""
+    shape = (self.channels,)
+    scale = self.param('scale', nn.initializers.ones_init(), shape)
+    return scale, self.param('bias', nn.initializers.zeros_init(), shape)
+
+
+def group_norm(x, scale, bias, groups: int, epsilon: float):
+  """Group normalisation (arXiv 1803.08494), in float32.
+
+  Mean and variance of a group are those of its channels' means and mean squares, which reduce over places
+  alone; the rest is one multiplication and addition a channel. So only passes over whole rows of channels
+  read or write x, forwards and backwards, at half to two thirds of the time of the textbook's formula on
+  a CPU.
+
+  Args:
+    x: (B, ..., C) of any float dtype.
+    scale, bias: (C,) float32.
+    groups: that C is split into.
+    epsilon: added to the variance.
+
+  Returns:
+    (B, ..., C) float32.
+  """
+  batch, channels = x.shape[0], x.shape[-1]
+  x, places = x.astype(jnp.float32), tuple(range(1, x.ndim - 1))
+
+  def of_group(y):
+    mean = y.mean(places).reshape(batch, groups, -1).mean(-1, keepdims=True)
+    return jnp.broadcast_to(mean, (batch, groups, channels // groups)).reshape(batch, channels)
+
+  mean = of_group(x)
+  variance = jnp.maximum(of_group(x * x) - mean * mean, 0.0)
+  scale = scale * jax.lax.rsqrt(variance + epsilon)
+  shift = bias - mean * scale
+  return x * jnp.expand_dims(scale, places) + jnp.expand_dims(shift, places)
 
 
 # PyTorch's default for convolutions and linear layers, uniform(+-1/sqrt(fan_in)), from which the
