@@ -17,9 +17,10 @@ import numpy as np
 
 from p2ldm.errors import UserError
 from p2ldm.models.attention import AttentionBlock, SpatialTransformer
+from p2ldm.models.convolution import conv
 from p2ldm.models.layers import NORM_GROUPS, Dtype, GroupNorm, rematerialized
 
-Conv = functools.partial(nn.Conv, kernel_size=(3, 3), padding=1)
+Conv = functools.partial(nn.Conv, kernel_size=(3, 3), padding=1, conv_general_dilated=conv)
 
 
 def timestep_embedding(timesteps, channels: int, max_period: float = 10_000.0):
@@ -44,14 +45,14 @@ class ResidualBlock(nn.Module):
   @nn.compact
   def __call__(self, x, embedding, deterministic: bool):
     """x (B, h, w, C), embedding (B, E); returns (B, h, w, channels)."""
-    conv = functools.partial(Conv, self.channels, dtype=self.dtype)
+    conv_3x3 = functools.partial(Conv, self.channels, dtype=self.dtype)
     norm = functools.partial(GroupNorm, 1e-5, self.dtype, self.norm_groups)
-    h = conv(name='in_conv')(nn.silu(norm(name='in_norm')(x)))
+    h = conv_3x3(name='in_conv')(nn.silu(norm(name='in_norm')(x)))
     shift = nn.Dense(self.channels, dtype=self.dtype, name='embedding')(nn.silu(embedding))
     h = h + shift[:, None, None]
     h = nn.silu(norm(name='out_norm')(h))
     h = nn.Dropout(self.dropout)(h, deterministic=deterministic)
-    h = conv(kernel_init=nn.initializers.zeros_init(), name='out_conv')(h)
+    h = conv_3x3(kernel_init=nn.initializers.zeros_init(), name='out_conv')(h)
     if x.shape[-1] != self.channels:
       x = nn.Dense(self.channels, dtype=self.dtype, name='skip')(x)
     return x + h
