@@ -8,6 +8,7 @@ many images are drawn, nor on the batch they are drawn in (up to rounding, where
 batch size differently).
 """
 
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -112,10 +113,9 @@ class Pipeline:
       UserError: as `sample_latents`.
     """
     latents = self.sample_latents(attributes, mask, num_images, **options)
-    faces = []
-    for batch, count in _batches(np.arange(len(latents)), options.get('batch_size')):
-      faces += pictures.to_pil(self.decode(latents[batch])[:count])
-    return faces
+    batches = _batches(np.arange(len(latents)), options.get('batch_size'))
+    decoded = ((self.decode(latents[batch]), count) for batch, count in batches)
+    return [face for images in _fetched(decoded) for face in pictures.to_pil(images)]
 
   def sample_latents(
     self,
@@ -189,11 +189,9 @@ class Pipeline:
       for rows, count in _batches(np.arange(len(mask)), batch_size)
     ]
     run.eval_shape(*calls[0][0])  # bad options are reported before the bar appears
-    latents = []
     with tqdm(total=steps * len(calls), unit='step', desc='sampling', disable=not progress) as bar:
       self._tick = bar.update
-      for arguments, count in calls:
-        latents.append(np.asarray(run(*arguments))[:count])
+      latents = [*_fetched((run(*arguments), count) for arguments, count in calls)]
       jax.effects_barrier()
     return np.concatenate(latents)
 
@@ -348,6 +346,12 @@ class Pipeline:
 
       self._compiled[key] = jax.jit(run)
     return self._compiled[key]
+
+
+def _fetched(results):
+  """Yields the first rows of each (array, count) as NumPy, once the next is under way on the device."""
+  for (array, count), _ in itertools.pairwise(itertools.chain(results, [None])):
+    yield np.asarray(array)[:count]
 
 
 def _batches(rows: np.ndarray, batch_size: int | None):
