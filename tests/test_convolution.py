@@ -1,4 +1,4 @@
-"""The gradient of a kernel by matrix products is that of XLA's convolution."""
+"""Winograd's convolution is XLA's, and a layer takes it where it should."""
 
 import functools
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from p2ldm.models import convolution
+from p2ldm.models import convolution, winograd
 
 
 def xla(x, kernel):
@@ -23,32 +23,52 @@ def arrays(*shapes):
   return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
 
 
-@pytest.mark.parametrize('size', [(4, 4), (8, 6), (1, 5), (2, 2)])
-@pytest.mark.parametrize('channels', [(3, 7), (7, 3), (4, 4)])
-def test_it_is_xlas_gradient(size, channels):
-  x, kernel, gradient = arrays((2, *size, channels[0]), (3, 3, *channels), (2, *size, channels[1]))
-  expected = jax.vjp(lambda kernel: xla(x, kernel), kernel)[1](gradient)[0]
-  np.testing.assert_allclose(
-    convolution.kernel_gradient(x, gradient), expected, rtol=1e-4, atol=1e-4
-  )
+@pytest.mark.parametrize('size', [(4, 4), (8, 12), (16, 4)])
+@pytest.mark.parametrize('channels', [(3, 7), (64, 5)])
+def test_winograd_is_the_convolution_and_its_gradients(size, channels):
+  shapes = (3, *size, channels[0]), (3, 3, *channels), (3, *size, channels[1])
+  x, kernel, gradient = arrays(*shapes)
+  found, saved = winograd.forward(x, kernel)
+  expected, vjp = jax.vjp(xla, x, kernel)
+  found = (found, *winograd.backward(saved, gradient))
+  for ours, theirs in zip(found, (expected, *vjp(gradient)), strict=True):
+    assert ours.shape == theirs.shape
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1.5e-5 * float(theirs.std()))
+
+
+def test_rounding_is_a_few_times_that_of_the_plain_sum():
+  x, kernel = arrays((4, 16, 16, 64), (3, 3, 64, 16))
+  exact = np.zeros((4, 16, 16, 16))
+  padded = np.pad(np.float64(x), ((0, 0), (1, 1), (1, 1), (0, 0)))
+  for i in range(3):
+    for j in range(3):
+      exact += padded[:, i : i + 16, j : j + 16] @ np.float64(kernel[i, j])
+  error = np.sqrt(np.mean((winograd.conv(x, kernel) - exact) ** 2)) / exact.std()
+  assert error < 2e-6
 
 
 @pytest.mark.parametrize(
   ('fields', 'shape', 'ours'),
   [
-    ({'padding': 1}, (2, 8, 8, 4), True),
+    ({'padding': 1}, (4, 8, 8, 4), True),
     ({'padding': 'SAME'}, (2, 16, 16, 4), True),
-    ({'padding': 1}, (2, 17, 16, 4), False),
-    ({'padding': 1, 'strides': 2}, (2, 8, 8, 4), False),
-    ({'padding': 0}, (2, 8, 8, 4), False),
-    ({'padding': 1, 'kernel_dilation': 2}, (2, 8, 8, 4), False),
-    ({'padding': 1, 'feature_group_count': 2}, (2, 8, 8, 4), False),
-    ({'padding': 1, 'dtype': jnp.bfloat16}, (2, 8, 8, 4), False),
+    ({'padding': 1}, (3, 8, 8, 4), False),  # 12 tiles
+    ({'padding': 1}, (2, 18, 8, 4), False),  # 4.5 tiles high
+    ({'padding': 1}, (2, 20, 16, 4), False),  # larger than 16 x 16
+    ({'padding': 1, 'strides': 2}, (4, 8, 8, 4), False),
+    ({'padding': 0}, (4, 8, 8, 4), False),
+    ({'padding': 1, 'kernel_dilation': 2}, (4, 8, 8, 4), False),
+    ({'padding': 1, 'feature_group_count': 2}, (4, 8, 8, 4), False),
+    ({'padding': 1, 'dtype': jnp.bfloat16}, (4, 8, 8, 4), False),
   ],
 )
 def test_a_layer_with_it_is_the_layer_without(fields, shape, ours, monkeypatch):
-  calls, real = [], convolution.kernel_gradient
-  monkeypatch.setattr(convolution, 'kernel_gradient', lambda *a: calls.append(0) or real(*a))
+  calls = []
+  for name in ('conv', 'forward', 'backward'):
+    real = getattr(winograd, name)
+    monkeypatch.setattr(
+      winograd, name, lambda *a, name=name, real=real: calls.append(name) or real(*a)
+    )
   fields = {'kernel_size': (3, 3), **fields}
   layers = [nn.Conv(6, **fields, conv_general_dilated=how) for how in (convolution.conv, None)]
   (x,) = arrays(shape)
@@ -57,8 +77,21 @@ def test_a_layer_with_it_is_the_layer_without(fields, shape, ours, monkeypatch):
   def loss(layer, params, x):
     return jnp.sum(jnp.sin(layer.apply(params, x).astype(jnp.float32)))
 
-  found, expected = (
-    jax.value_and_grad(functools.partial(loss, layer), (0, 1))(params, x) for layer in layers
-  )
-  assert bool(calls) == ours
-  jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found, expected)
+  same = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5)
+  values = [jax.value_and_grad(functools.partial(loss, layer), (0, 1)) for layer in layers]
+  jax.tree.map(same, *(value(params, x) for value in values))
+  assert calls == (['forward', 'backward'] if ours else [])
+  calls.clear()
+  jax.tree.map(same, *(jax.jit(layer.apply)(params, x) for layer in layers))
+  assert ('conv' in calls) == ours
+
+
+def test_a_program_for_other_platforms_has_xlas(monkeypatch):
+  layer = nn.Conv(6, (3, 3), padding=1, conv_general_dilated=convolution.conv)
+  (x,) = arrays((4, 8, 8, 4))
+  params = layer.init(jax.random.key(0), x)
+  of = functools.partial(jax.export.export, jax.jit(layer.apply))
+  text = {name: of(platforms=[name])(params, x).mlir_module() for name in ('cpu', 'tpu')}
+  assert 'stablehlo.convolution' in text['tpu'] and 'stablehlo.convolution' not in text['cpu']
+  both = of(platforms=['cpu', 'tpu'])(params, x)
+  np.testing.assert_array_equal(both.call(params, x), jax.jit(layer.apply)(params, x))

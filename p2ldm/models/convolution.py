@@ -1,9 +1,8 @@
-"""The U-Net's 3x3 convolution: `lax.conv_general_dilated`, but for the gradient of its kernel on CPUs.
+"""The U-Net's 3x3 convolution: XLA's, but on CPUs Winograd's where that is faster (docs/performance.md).
 
-XLA takes that gradient as a convolution whose kernel is the gradient of the output, with batch and channels
-exchanged, and transposes both arrays for it. On feature maps of at most 16 x 16, as latents have, three
-matrix products of x with the gradient's three column shifts side by side take as little as half the time
-(docs/performance.md). On accelerators, in bfloat16 and for larger maps XLA's form stays.
+That is in float32, stride 1, on feature maps of at most 16 x 16, as latents have. On accelerators, whose
+matrix units round too much for it, in bfloat16 and for larger maps it is XLA's. A program that is exported
+for several platforms has both.
 """
 
 import functools
@@ -12,7 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-MOST_PLACES = 256  # of a feature map, from where on XLA's form is faster
+from p2ldm.models import winograd
+
+MOST_PLACES = 256  # of a feature map, beyond which memory is too slow for the transformed tiles
+LEAST_TILES = 16  # of a batch, below which transforming the kernel takes too long
 
 
 def conv(x, kernel, strides, padding, **options):
@@ -28,42 +30,19 @@ def conv(x, kernel, strides, padding, **options):
     and set(options.get('lhs_dilation') or (1,)) == {1}
     and set(options.get('rhs_dilation') or (1,)) == {1}
   )
-  small = x.shape[1] * x.shape[2] <= MOST_PLACES
-  if not (plain and small and x.dtype == jnp.float32 and jax.default_backend() == 'cpu'):
+  if not (plain and _fits(x.shape) and x.dtype == jnp.float32 and jax.default_backend() == 'cpu'):
     return convolve(x, kernel)
 
   @jax.custom_vjp
   def same(x, kernel):
-    return convolve(x, kernel)
+    return lax.platform_dependent(x, kernel, cpu=winograd.conv, default=convolve)
 
-  def forward(x, kernel):
-    return convolve(x, kernel), (x, kernel)
-
-  def backward(saved, gradient):
-    x, kernel = saved
-    flipped = kernel[::-1, ::-1].swapaxes(2, 3)
-    return convolve(gradient, flipped), kernel_gradient(x, gradient)
-
-  same.defvjp(forward, backward)
+  same.defvjp(winograd.forward, winograd.backward)
   return same(x, kernel)
 
 
-def kernel_gradient(x, gradient):
-  """The gradient of a 3x3 kernel, stride 1, padded to the same size.
-
-  dK[i, j] = sum over b, h, w of x[b, h + i - 1, w + j - 1]^T g[b, h, w], zero outside.
-
-  Args:
-    x: (B, h, w, C).
-    gradient: (B, h, w, D), of the output.
-
-  Returns:
-    (3, 3, C, D).
-  """
-  height, width = x.shape[1:3]
-  padded = jnp.pad(gradient, ((0, 0), (1, 1), (1, 1), (0, 0)))
-  columns = jnp.concatenate([padded[:, :, 2 - j : 2 - j + width] for j in range(3)], axis=-1)
-  rows = [columns[:, 2 - i : 2 - i + height] for i in range(3)]
-  found = jnp.stack([jnp.einsum('bhwc,bhwd->cd', x, row) for row in rows])
-  found = found.reshape(3, x.shape[-1], 3, gradient.shape[-1])
-  return found.transpose(0, 2, 1, 3)
+def _fits(shape) -> bool:
+  batch, height, width, _ = shape
+  whole = height % winograd.TILE == 0 and width % winograd.TILE == 0
+  places = height * width
+  return whole and places <= MOST_PLACES and batch * places >= LEAST_TILES * winograd.TILE**2
