@@ -17,7 +17,6 @@ column, row and image.
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
