@@ -13,6 +13,7 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import cases, timing
+from p2ldm import runtime
 from p2ldm.models.layers import resolve_dtype
 
 FLAGS = flags.FLAGS
@@ -78,6 +79,7 @@ class Diffusers:
 
 def main(_):
   """Measures and prints."""
+  runtime.prepare()
   config = cases.get_config(FLAGS.size)
   batch_size, dtype = FLAGS.batch_size or _BATCH[FLAGS.size], cases.dtype_name(FLAGS.dtype)
   parts = cases.random_parts(config)

@@ -16,6 +16,7 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import cases, timing
+from p2ldm import runtime
 from p2ldm.diffusion import samplers
 from p2ldm.models.layers import resolve_dtype
 from p2ldm.pipeline import Pipeline
@@ -100,6 +101,7 @@ def one_step(parts, batch, dtype):
 
 def main(_):
   """Measures and prints."""
+  runtime.prepare()
   config = cases.get_config(FLAGS.size)
   batch_size, dtype = FLAGS.batch_size or _BATCH[FLAGS.size], cases.dtype_name(FLAGS.dtype)
   parts = cases.random_parts(config)

@@ -19,7 +19,7 @@ import time
 import numpy as np
 from absl import flags
 
-from p2ldm import errors
+from p2ldm import errors, runtime
 from p2ldm.evaluate import protocol_flags, read_protocol
 
 FLAGS = flags.FLAGS
@@ -140,9 +140,8 @@ def plot(rows: list[dict], real: dict, out: pathlib.Path):
 
 def main(model):
   """Measures and prints."""
-  from p2ldm.training.workdir import use_compilation_cache
 
-  use_compilation_cache()
+  runtime.prepare()
   out = pathlib.Path(FLAGS.out)
   out.mkdir(parents=True, exist_ok=True)
   rows, real = measure(model)

@@ -20,7 +20,7 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import cases, timing
-from p2ldm import sharding
+from p2ldm import runtime, sharding
 from p2ldm.diffusion.loss import loss_weights
 from p2ldm.models.layers import resolve_dtype
 from p2ldm.training import plan, stages
@@ -135,6 +135,7 @@ class Diffusers:
 
 def main(_):
   """Measures and prints."""
+  runtime.prepare()
   config = cases.get_config(FLAGS.size, FLAGS.batch_size)
   batch_size, dtype = config.diffusion.training.batch_size, cases.dtype_name(FLAGS.dtype)
   parts = cases.random_parts(config)

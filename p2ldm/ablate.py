@@ -15,7 +15,7 @@ import re
 from absl import flags
 from ml_collections import config_flags
 
-from p2ldm import errors, interruptions, storage
+from p2ldm import errors, interruptions, runtime, storage
 from p2ldm.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -46,7 +46,7 @@ def main():
     raise UserError(f'--cells={_CELLS.value} is not a regular expression: {error}.') from error
   # Imported here: --help and a bad flag should not wait for JAX.
   from p2ldm.training import ablation, ablation_results
-  from p2ldm.training.workdir import default_workdir, use_compilation_cache
+  from p2ldm.training.workdir import default_workdir
 
   if 'grid' not in _CONFIG.value:
     raise UserError(
@@ -61,7 +61,7 @@ def main():
   if not chosen:
     raise UserError(f'--cells={_CELLS.value} matches no cell; --list names them.')
   interruptions.catch()
-  use_compilation_cache()
+  runtime.prepare()
   path = config_flags.get_config_filename(flags.FLAGS['config'])
   workdir = storage.as_path(_WORKDIR.value or default_workdir(path))
   for results, real in ablation.run(_CONFIG.value, workdir, chosen):

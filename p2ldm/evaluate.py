@@ -20,7 +20,7 @@ NAME_0.png, NAME_1.png, ...; 00017.png is face 17) are held against that face's 
 from absl import flags
 from ml_collections import config_flags
 
-from p2ldm import errors, storage
+from p2ldm import errors, runtime, storage
 from p2ldm.errors import UserError
 
 # Flags that set a field of `Protocol`: name, kind of flag, default, help.
@@ -231,12 +231,11 @@ def main(model=None):
     raise UserError(
       f'--{given[0]} is for a model; with --images, every image of the folder is measured. Leave it out.'
     )
-  from p2ldm.training.workdir import use_compilation_cache
 
   subject = storage.as_path(model or values.images).expanduser()
   out = storage.as_path(values.out).expanduser() if values.out else subject / 'evaluation'
   protocol = read_protocol(values)
-  use_compilation_cache()
+  runtime.prepare()
   evaluate(
     model=subject if model else None,
     images=None if model else subject,

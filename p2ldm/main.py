@@ -17,7 +17,7 @@ import pathlib
 from absl import flags
 from ml_collections import config_flags
 
-from p2ldm import errors, interruptions
+from p2ldm import errors, interruptions, runtime
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config',
@@ -73,15 +73,15 @@ def main():
     plan.use_virtual_devices(_PLAN.value)
     print(plan.text(plan.make_plan(_CONFIG.value, _PLAN.value)))
     return
+  runtime.prepare()
   from p2ldm import processes
   from p2ldm.training import stages
-  from p2ldm.training.workdir import default_workdir, use_compilation_cache
+  from p2ldm.training.workdir import default_workdir
 
   processes.initialize(
     _MULTI_PROCESS.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
   )
   interruptions.catch()
-  use_compilation_cache()
   stages.run(_CONFIG.value, _WORKDIR.value or default_workdir(path))
 
 

@@ -14,7 +14,7 @@ import dataclasses
 
 from absl import flags
 
-from p2ldm import errors, storage
+from p2ldm import errors, runtime, storage
 from p2ldm.errors import UserError
 from p2ldm.evaluate import protocol_flags, read_protocol
 
@@ -142,11 +142,10 @@ def main(*models):
   values = flags.FLAGS
   if not models:
     raise UserError('Give at least one model, as in `python -m p2ldm.robustness runs/multi_tiny`.')
-  from p2ldm.training.workdir import use_compilation_cache
 
   out = storage.as_path(values.out).expanduser()
   protocol = read_protocol(values)
-  use_compilation_cache()
+  runtime.prepare()
   measure(
     [storage.as_path(model).expanduser() for model in models],
     data=values.data,

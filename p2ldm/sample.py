@@ -17,7 +17,7 @@ import re
 
 from absl import flags
 
-from p2ldm import errors, storage
+from p2ldm import errors, runtime, storage
 from p2ldm.data.labels import UNSPECIFIED, UNSPECIFIED_COLOR, LabelSchema
 from p2ldm.errors import UserError
 
@@ -166,6 +166,7 @@ def main():
   if values.list:
     print(describe(values.model))
     return
+  runtime.prepare()
   draw(
     values.model,
     values.out,

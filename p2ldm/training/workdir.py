@@ -171,15 +171,6 @@ def is_free(key: str) -> bool:
   )
 
 
-def use_compilation_cache():
-  """Keeps what XLA compiles in ~/.cache/p2ldm/xla, unless JAX was told to keep it elsewhere."""
-  import jax
-
-  if jax.config.jax_compilation_cache_dir is None:
-    cache = pathlib.Path.home() / '.cache' / 'p2ldm' / 'xla'
-    jax.config.update('jax_compilation_cache_dir', str(cache))
-
-
 def default_workdir(config_path: str) -> str:
   """configs/multi.py:tiny -> runs/multi_tiny."""
   name, _, variant = pathlib.Path(config_path).name.partition(':')
