@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from p2ldm.errors import UserError
+from p2ldm.models.convolution import conv
 from p2ldm.models.layers import (
   NORM_GROUPS,
   Dtype,
@@ -299,7 +300,9 @@ def _middle(h, shape: Shape, dtype):
 
 
 def _conv3x3(channels, dtype, name):
-  return nn.Conv(channels, (3, 3), kernel_init=torch_init, dtype=dtype, name=name)
+  return nn.Conv(
+    channels, (3, 3), kernel_init=torch_init, dtype=dtype, conv_general_dilated=conv, name=name
+  )
 
 
 def _conv1x1(channels, dtype, name):

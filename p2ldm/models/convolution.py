@@ -1,8 +1,8 @@
-"""The U-Net's 3x3 convolution: XLA's, but on CPUs Winograd's where that is faster (docs/performance.md).
+"""The 3x3 convolution of U-Net and autoencoder: XLA's, but on CPUs Winograd's (docs/performance.md).
 
-That is in float32, stride 1, on feature maps of at most 16 x 16, as latents have. On accelerators, whose
-matrix units round too much for it, in bfloat16 and for larger maps it is XLA's. A program that is exported
-for several platforms has both.
+That is in float32 and at stride 1, where there are channels and tiles enough to pay for the transforms. On
+accelerators, whose matrix units round too much for it, it is XLA's. A program that is exported for several
+platforms has both.
 """
 
 import functools
@@ -13,7 +13,7 @@ from jax import lax
 
 from p2ldm.models import winograd
 
-MOST_PLACES = 256  # of a feature map, beyond which memory is too slow for the transformed tiles
+LEAST_CHANNELS = 16  # that enter and that leave
 LEAST_TILES = 16  # of a batch, below which transforming the kernel takes too long
 
 
@@ -30,7 +30,7 @@ def conv(x, kernel, strides, padding, **options):
     and set(options.get('lhs_dilation') or (1,)) == {1}
     and set(options.get('rhs_dilation') or (1,)) == {1}
   )
-  if not (plain and _fits(x.shape) and x.dtype == jnp.float32 and jax.default_backend() == 'cpu'):
+  if not (plain and _pays(x, kernel) and jax.default_backend() == 'cpu'):
     return convolve(x, kernel)
 
   @jax.custom_vjp
@@ -41,8 +41,13 @@ def conv(x, kernel, strides, padding, **options):
   return same(x, kernel)
 
 
-def _fits(shape) -> bool:
-  batch, height, width, _ = shape
-  whole = height % winograd.TILE == 0 and width % winograd.TILE == 0
-  places = height * width
-  return whole and places <= MOST_PLACES and batch * places >= LEAST_TILES * winograd.TILE**2
+def _pays(x, kernel) -> bool:
+  batch, height, width, _ = x.shape
+  tiles = batch * (height // winograd.TILE) * (width // winograd.TILE)
+  return (
+    x.dtype == jnp.float32
+    and height % winograd.TILE == 0
+    and width % winograd.TILE == 0
+    and tiles >= LEAST_TILES
+    and min(kernel.shape[2:]) >= LEAST_CHANNELS
+  )
