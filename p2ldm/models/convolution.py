@@ -13,7 +13,7 @@ from jax import lax
 
 from p2ldm.models import winograd
 
-LEAST_CHANNELS = 16  # that enter and that leave
+LEAST_CHANNELS = 16  # that leave
 LEAST_TILES = 16  # of a batch, below which transforming the kernel takes too long
 
 
@@ -49,5 +49,5 @@ def _pays(x, kernel) -> bool:
     and height % winograd.TILE == 0
     and width % winograd.TILE == 0
     and tiles >= LEAST_TILES
-    and min(kernel.shape[2:]) >= LEAST_CHANNELS
+    and kernel.shape[3] >= LEAST_CHANNELS
   )

@@ -11,10 +11,14 @@ which puts beta = 0.25 on the codebook loss and 1 on the commitment loss, the re
 The two losses are returned apart, so either weighting is a matter of configuration.
 """
 
+import math
+
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+
+_GROUPS = 32  # of codes, at most
 
 
 @flax.struct.dataclass
@@ -68,10 +72,26 @@ def nearest_code(latent, codes):
     (...) int32 in [0, K). No gradient flows through it.
   """
   latent, codes = jax.lax.stop_gradient((latent, codes))
-  # Squared differences summed channel by channel: exact where codes lie close together, independent
-  # of the matmul precision, and XLA fuses them into the argmin, so (..., K) is never stored.
-  distance = sum(jnp.square(latent[..., c, None] - codes[:, c]) for c in range(codes.shape[-1]))
-  return jnp.argmin(distance, axis=-1).astype(jnp.int32)
+  # In two steps: the group that has the nearest code, by a minimum over its members that the compiler
+  # vectorizes over the groups, then the code within it; an argmin over all takes five times as long on CPUs.
+  groups = codes.reshape(math.gcd(len(codes), _GROUPS), -1, codes.shape[-1])
+  group = jnp.argmin(_distance(latent, groups.swapaxes(0, 1)).min(-2), axis=-1)
+  within = jnp.argmin(_distance_to_own(latent, groups[group]), axis=-1)
+  return (group * groups.shape[1] + within).astype(jnp.int32)
+
+
+def _distance(latent, codes):
+  """Squared distances of every vector (..., C) to every code (M, G, C), (..., M, G).
+
+  Differences are squared and summed channel by channel: exact where codes lie close together, independent of
+  the precision of matrix products, and XLA fuses them into what follows, so that they are never stored.
+  """
+  return sum(jnp.square(latent[..., c, None, None] - codes[..., c]) for c in range(codes.shape[-1]))
+
+
+def _distance_to_own(latent, codes):
+  """The same of every vector (..., C) to codes of its own (..., M, C), (..., M)."""
+  return sum(jnp.square(latent[..., c, None] - codes[..., c]) for c in range(codes.shape[-1]))
 
 
 def _uniform(bound: float):
