@@ -24,7 +24,7 @@ def alternate(
 
   Args:
     candidates: {name: run}; run(n) makes n calls and waits for the last.
-    rounds: how many; in every other one the order is turned around.
+    rounds: how many, after one that is not counted; in every other one the order is turned around.
     seconds: about how long one candidate runs in a round.
   """
   calls = {}
@@ -33,18 +33,24 @@ def alternate(
     start = time.perf_counter()
     run(2)
     calls[name] = max(1, round(2 * seconds / (time.perf_counter() - start)))
-  found = {name: [] for name in candidates}
-  for number in range(rounds):
-    order = list(candidates)
-    for name in order if number % 2 == 0 else reversed(order):
+
+  def measure(order) -> dict[str, float]:
+    times = {}
+    for name in order:
       time.sleep(_PAUSE)
       start = time.perf_counter()
       candidates[name](calls[name])
-      found[name].append((time.perf_counter() - start) / calls[name])
-    print(
-      f'round {number + 1}: ' + ', '.join(f'{name} {found[name][-1]:.4g} s' for name in found),
-      file=sys.stderr,
-    )
+      times[name] = (time.perf_counter() - start) / calls[name]
+    return times
+
+  measure(candidates)  # not counted: memory is taken from the system
+  found = {name: [] for name in candidates}
+  for number in range(rounds):
+    times = measure(reversed(candidates) if number % 2 else candidates)
+    for name in found:
+      found[name].append(times[name])
+    shown = ', '.join(f'{name} {times[name]:.4g} s' for name in found)
+    print(f'round {number + 1}: {shown}', file=sys.stderr)
   return found
 
 
