@@ -166,6 +166,14 @@ def test_nearest_code_where_codes_lie_close_together():
   assert nearest_code(jnp.ones((1, 3)), jnp.ones((4, 3))) == 0
 
 
+@pytest.mark.parametrize('count', [1, 7, 48, 100, 1024])
+def test_nearest_code_is_the_first_of_the_nearest(count):
+  rng = np.random.default_rng(count)
+  latent, codes = (rng.integers(-3, 4, (n, 2)).astype(np.float32) for n in (200, count))
+  distance = np.sum((latent[:, None] - codes) ** 2, axis=-1)  # whole numbers, many of them equal
+  np.testing.assert_array_equal(nearest_code(latent, codes), distance.argmin(axis=-1))
+
+
 def test_codebook_starts_within_one_over_its_size():
   codes = Quantizer(50).init(jax.random.key(0), jnp.zeros((1, 1, 1, 8)))['params']['embedding']
   assert np.abs(codes).max() <= 1 / 50

@@ -43,11 +43,12 @@ def conv(x, kernel, strides, padding, **options):
 
 def _pays(x, kernel) -> bool:
   batch, height, width, _ = x.shape
-  tiles = batch * (height // winograd.TILE) * (width // winograd.TILE)
+  many = jax.export.is_symbolic_dim(batch)  # of a program that is exported for any batch
+  many = many or batch * height * width >= LEAST_TILES * winograd.TILE**2
   return (
     x.dtype == jnp.float32
     and height % winograd.TILE == 0
     and width % winograd.TILE == 0
-    and tiles >= LEAST_TILES
+    and many
     and kernel.shape[3] >= LEAST_CHANNELS
   )

@@ -1,0 +1,47 @@
+"""What commands set up: the cache of compiled programs, and memory that stays."""
+
+import importlib.metadata
+import subprocess
+import sys
+
+import pytest
+
+from p2ldm import runtime
+
+FAULTS = """
+import resource
+import numpy as np
+from p2ldm import runtime
+if {keep} and not runtime.keep_memory():
+  raise SystemExit('not here')
+for _ in range(3):
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+  np.ones(2**25, np.float32)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def page_faults(keep: bool) -> int:
+  """Of allocating 128 MB for the third time, in a process of its own."""
+  done = subprocess.run(
+    [sys.executable, '-c', FAULTS.format(keep=keep)], capture_output=True, text=True
+  )
+  if 'not here' in done.stderr:
+    pytest.skip('malloc takes no such options here, or memory is limited')
+  assert done.returncode == 0, done.stderr
+  return int(done.stdout)
+
+
+def test_memory_that_was_freed_is_not_taken_from_the_system_again():
+  assert page_faults(keep=True) < 50
+
+
+@pytest.mark.parametrize(
+  ('platforms', 'plugins', 'found'),
+  [('cpu', ['cuda'], False), ('', ['cuda'], True), ('', [], False), ('cuda', ['cuda'], True)],
+)
+def test_accelerators_are_looked_for(platforms, plugins, found, monkeypatch):
+  monkeypatch.setenv('JAX_PLATFORMS', platforms)
+  monkeypatch.setattr(importlib.metadata, 'entry_points', lambda group: plugins)
+  monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+  assert runtime.has_accelerators() == found
