@@ -63,15 +63,16 @@ def forward(x, kernel):
   """The convolution, and what its gradients need: `fwd` of `jax.custom_vjp`."""
   data = _transform_data(x)
   products = jnp.einsum('pqtc,pqcd->pqtd', data, _transform_kernel(kernel))
-  return _transform_output(products, x.shape), (data, kernel, x.shape)
+  return _transform_output(products, x.shape), (data, kernel)
 
 
 def backward(saved, gradient):
   """The gradients of x and of the kernel: `bwd` of `jax.custom_vjp`."""
-  data, kernel, shape = saved
+  data, kernel = saved
   products = _transpose_output(gradient)
   weights = jnp.einsum('pqtc,pqtd->pqcd', data, products)
   data = jnp.einsum('pqtd,pqcd->pqtc', products, _transform_kernel(kernel))
+  shape = (*gradient.shape[:3], kernel.shape[2])
   return _transpose_data(data, shape), jnp.tensordot(_both(_KERNEL.T), weights, 2)
 
 
