@@ -89,7 +89,7 @@ def test_a_layer_with_it_is_the_layer_without(fields, shape, ours, monkeypatch):
   assert ('conv' in calls) == ours
 
 
-def test_a_program_for_other_platforms_has_xlas(monkeypatch):
+def test_a_program_for_other_platforms_has_xlas():
   layer = nn.Conv(16, (3, 3), padding=1, conv_general_dilated=convolution.conv)
   (x,) = arrays((4, 8, 8, 4))
   params = layer.init(jax.random.key(0), x)
