@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from p2ldm import conditions, pictures
+from p2ldm import conditions, pictures, provenance, storage
 from p2ldm.data.labels import UNSPECIFIED, LabelSchema
 from p2ldm.data.latents import LatentStatistics
 from p2ldm.diffusion import guidance as cfg
@@ -39,14 +39,17 @@ class Pipeline:
     latent_shape: (h, w, C) of a latent.
     schedule: the noise schedule, T = schedule.num_timesteps.
     statistics: LatentStatistics, which whiten the latents.
+    name: of the model, for the record that its images carry.
+    dtype: of the computation.
   """
 
-  def __init__(self, parts: model_directory.ModelParts, dtype: str = 'auto'):
+  def __init__(self, parts: model_directory.ModelParts, dtype: str = 'auto', name: str = ''):
     """Takes a model in memory; `from_pretrained` reads one.
 
     Args:
       parts: config and parameters.
       dtype: of the computation: 'float32', 'bfloat16', or 'auto' (bfloat16 on TPU and GPU).
+      name: of the model.
 
     Raises:
       UserError: there is no denoiser; an unknown dtype, prediction or schedule.
@@ -68,6 +71,7 @@ class Pipeline:
     )
     check_prediction(diffusion['prediction'])
     dtype = resolve_dtype(dtype)
+    self.name, self.dtype = name, dtype.name
     self._autoencoder = parts.make_autoencoder(dtype)
     self._denoiser = parts.make_denoiser(dtype)
     self._params = jax.device_put({'autoencoder': parts.autoencoder, 'denoiser': parts.denoiser})
@@ -91,7 +95,9 @@ class Pipeline:
     Raises:
       UserError: there is no model, or it is damaged; the message says what to do.
     """
-    return cls(model_directory.load(directory), dtype)
+    path = storage.absolute(directory)
+    name = path.parent.name if path.name == 'model' else path.name
+    return cls(model_directory.load(directory), dtype, name)
 
   def replace_denoiser(self, params: dict):
     """Draws with other parameters of the same denoiser from now on; nothing is compiled again."""
@@ -106,16 +112,45 @@ class Pipeline:
                guidance={'attributes': 3.0, 'mask': 1.5})
 
     Returns:
-      N RGB images of S x S pixels.
+      N RGB images of S x S pixels, which carry how they were made (`provenance.GeneratedImage`).
 
     Raises:
       UserError: as `sample_latents`.
     """
     latents = self.sample_latents(attributes, mask, num_images, **options)
-    faces = []
-    for batch, count in _batches(np.arange(len(latents)), options.get('batch_size')):
-      faces += pictures.to_pil(self.decode(latents[batch])[:count])
+    attributes, mask = self.read_conditions(attributes, mask, len(latents))
+    faces, size = [], options.get('batch_size')
+    for batch, count in _batches(np.arange(len(latents)), size):
+      images = pictures.to_pil(self.decode(latents[batch])[:count])
+      for row, image in enumerate(images):
+        record = self._record(row, batch, attributes, mask, **options)
+        faces.append(provenance.GeneratedImage.of(image, record))
     return faces
+
+  def _record(self, row: int, batch, attributes, mask, *, seed=0, first_image=0, steps=50,
+              guidance=None, sampler='ddim', eta=0.0, guidance_interval=None, batch_size=None,
+              progress=False) -> dict:  # fmt: skip
+    """The record of the image that is in this row of a batch, of options as of `sample_latents`."""
+    given = {'attributes': attributes.any(), 'mask': (mask != UNSPECIFIED).any()}
+    return provenance.record(
+      self,
+      {
+        'seed': int(seed),
+        'image': int(first_image + batch[row]),
+        'sampler': sampler,
+        'steps': int(steps),
+        'eta': float(eta),
+        'guidance': conditions.read_guidance(guidance),
+        'guidance_interval': None if guidance_interval is None else [*map(int, guidance_interval)],
+      },
+      attributes[batch[row]],
+      mask[batch[row]],
+      {
+        'batch_size': len(batch),
+        'row': row,
+        'conditions': [name for name, is_given in given.items() if is_given],
+      },
+    )
 
   def sample_latents(
     self,

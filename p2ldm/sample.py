@@ -9,6 +9,11 @@ receives 000.png, 001.png, ... and grid.png, which shows the request beside the 
 everything in it is complete. To see what a model knows:
 
   python -m p2ldm.sample --model=runs/multi_tiny --list
+
+Every picture carries how it was made. To read that back, to see whether the picture was changed since and,
+with --model, to draw it again and compare:
+
+  python -m p2ldm.sample --verify=samples/000.png --model=runs/multi_tiny
 """
 
 import math
@@ -39,7 +44,9 @@ def draw(model, out, attributes=None, mask=None, num_images=8, overwrite=False, 
   Raises:
     UserError: bad input, or `out` holds something; nothing is left behind.
   """
-  from p2ldm.pipeline import Pipeline  # imports JAX, which --help and a bad flag need not wait for
+  # JAX is imported here: --help and a bad flag need not wait for it.
+  from p2ldm import provenance
+  from p2ldm.pipeline import Pipeline
 
   out = storage.as_path(out).expanduser()
   _check_out(out, overwrite)
@@ -55,9 +62,34 @@ def draw(model, out, attributes=None, mask=None, num_images=8, overwrite=False, 
     with storage.new_files(out, last='grid.png', remove=earlier) as work:
       for i, face in enumerate(faces):
         face.save(work / f'{i:03d}.png')
-      _grid(pipeline, faces, attributes, mask).save(work / 'grid.png')
+      grid = _grid(pipeline, faces, attributes, mask)
+      records = [face.record for face in faces]
+      provenance.GeneratedImage.of(grid, provenance.grid_record(records)).save(work / 'grid.png')
   except OSError as error:
     raise UserError(f'Cannot write {out}: {error.strerror or error}.') from error
+
+
+def verify(path, model=None):
+  """Prints whether a picture is what it says; ends with status 1 if it is not.
+
+  Args:
+    path: of the picture.
+    model: model directory or workdir to draw it again with, or None.
+
+  Raises:
+    UserError: the picture, its record or the model cannot be read, or the model is another.
+    SystemExit: it is not what it says.
+  """
+  from p2ldm import provenance
+  from p2ldm.pipeline import Pipeline
+
+  def load():
+    return Pipeline.from_pretrained(storage.as_path(model).expanduser())
+
+  good, found = provenance.verify(path, load if model else None)
+  print(found)
+  if not good:
+    raise SystemExit(1)
 
 
 def describe(model) -> str:
@@ -151,12 +183,18 @@ def define_flags():
   )
   flags.DEFINE_string('out', 'samples', 'Folder to write.')
   flags.DEFINE_boolean('overwrite', False, 'Replace the pictures in --out.')
+  flags.DEFINE_string(
+    'verify', None, 'Read back how this picture was made; with --model, draw it again and compare.'
+  )
   flags.DEFINE_boolean('list', False, "Print the model's attributes and classes, and draw nothing.")
 
 
 def main():
   """Runs the command."""
   values = flags.FLAGS
+  if values.verify:
+    verify(pathlib.Path(values.verify).expanduser(), values.model)
+    return
   if not values.model:
     raise UserError(
       '--model is missing. Example: python -m p2ldm.sample --model=runs/multi_tiny '

@@ -12,7 +12,7 @@ ROOT = pathlib.Path(p2ldm.__file__).parent
 MODULES = sorted(ROOT.rglob('*.py'))
 # Each may import what stands before it, and itself.
 ORDER = ('interruptions', 'errors', 'storage', 'processes', 'sharding', 'data', 'models', 'diffusion',
-         'interop', 'pictures', 'conditions', 'pipeline', 'evaluation', 'reports', 'training',
+         'interop', 'pictures', 'conditions', 'provenance', 'pipeline', 'evaluation', 'reports', 'training',
          'commands')  # fmt: skip
 COMMANDS = ('main', 'prepare', 'sample', 'evaluate', 'ablate', 'robustness', 'convert')
 TFDS = 'data/prepared.py'  # reads records with NumPy
