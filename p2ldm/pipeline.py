@@ -8,15 +8,17 @@ many images are drawn, nor on the batch they are drawn in (up to rounding, where
 batch size differently).
 """
 
+import inspect
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from PIL import Image
 from tqdm import tqdm
 
-from p2ldm import conditions, pictures, provenance, storage
+from p2ldm import conditions, pictures, provenance, sharding, storage
 from p2ldm.data.labels import UNSPECIFIED, LabelSchema
 from p2ldm.data.latents import LatentStatistics
 from p2ldm.diffusion import guidance as cfg
@@ -43,13 +45,16 @@ class Pipeline:
     dtype: of the computation.
   """
 
-  def __init__(self, parts: model_directory.ModelParts, dtype: str = 'auto', name: str = ''):
+  def __init__(
+    self, parts: model_directory.ModelParts, dtype: str = 'auto', name: str = '', mesh=None
+  ):
     """Takes a model in memory; `from_pretrained` reads one.
 
     Args:
       parts: config and parameters.
       dtype: of the computation: 'float32', 'bfloat16', or 'auto' (bfloat16 on TPU and GPU).
       name: of the model.
+      mesh: whose devices share the images of a batch, if they divide it; None takes the first device.
 
     Raises:
       UserError: there is no denoiser; an unknown dtype, prediction or schedule.
@@ -74,18 +79,20 @@ class Pipeline:
     self.name, self.dtype = name, dtype.name
     self._autoencoder = parts.make_autoencoder(dtype)
     self._denoiser = parts.make_denoiser(dtype)
-    self._params = jax.device_put({'autoencoder': parts.autoencoder, 'denoiser': parts.denoiser})
+    self._mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
+    params = {'autoencoder': parts.autoencoder, 'denoiser': parts.denoiser}
+    self._params = jax.device_put(params, sharding.replicated(self._mesh))
     side = self.image_size // self._denoiser.latent_factor
     self.latent_shape = (side, side, self._denoiser.latent_channels)
     self._compiled: dict[tuple, Callable] = {}  # samplers, by everything that is static in them
     self._tick = lambda: None  # called by running samplers, once a step
-    self._encode = jax.jit(self._encode_fn)
-    self._decode = jax.jit(self._decode_fn)
-    self._reconstruct = jax.jit(self._reconstruct_fn)
-    self._denoise = jax.jit(self._denoise_fn)
+    self._encode = _OverBatch(self._encode_fn, self._mesh, 1)
+    self._decode = _OverBatch(self._decode_fn, self._mesh, 1)
+    self._reconstruct = _OverBatch(self._reconstruct_fn, self._mesh, 1)
+    self._denoise = _OverBatch(self._denoise_fn, self._mesh, 4)
 
   @classmethod
-  def from_pretrained(cls, directory, dtype: str = 'auto') -> 'Pipeline':
+  def from_pretrained(cls, directory, dtype: str = 'auto', mesh=None) -> 'Pipeline':
     """Reads a model directory, or the one that a training workdir has.
 
     Args:
@@ -97,7 +104,7 @@ class Pipeline:
     """
     path = storage.absolute(directory)
     name = path.parent.name if path.name == 'model' else path.name
-    return cls(model_directory.load(directory), dtype, name)
+    return cls(model_directory.load(directory), dtype, name, mesh)
 
   def replace_denoiser(self, params: dict):
     """Draws with other parameters of the same denoiser from now on; nothing is compiled again."""
@@ -149,6 +156,7 @@ class Pipeline:
         'batch_size': len(batch),
         'row': row,
         'conditions': [name for name, is_given in given.items() if is_given],
+        'devices': self._decode.parts(len(batch)),
       },
     )
 
@@ -225,7 +233,8 @@ class Pipeline:
     ]
     run.eval_shape(*calls[0][0])  # bad options are reported before the bar appears
     latents = []
-    with tqdm(total=steps * len(calls), unit='step', desc='sampling', disable=not progress) as bar:
+    ticks = steps * sum(run.parts(len(arguments[-1])) for arguments, _ in calls)
+    with tqdm(total=ticks, unit='step', desc='sampling', disable=not progress) as bar:
       self._tick = bar.update
       for arguments, count in calls:
         latents.append(np.asarray(run(*arguments))[:count])
@@ -381,8 +390,37 @@ class Pipeline:
           **options,
         )
 
-      self._compiled[key] = jax.jit(run)
+      self._compiled[key] = _OverBatch(run, self._mesh, 3)
     return self._compiled[key]
+
+
+class _OverBatch:
+  """A jitted function; the devices share its rows where they divide them, each with a program of its own."""
+
+  def __init__(self, function: Callable, mesh, batched: int):
+    """Args: the last `batched` arguments and all results lead with the batch axis."""
+    self._whole, self._mesh = jax.jit(function), mesh
+    rows = PartitionSpec(mesh.axis_names)
+    fixed = len(inspect.signature(function).parameters) - batched
+    specs = (PartitionSpec(),) * fixed + (rows,) * batched
+    self._shared = jax.jit(
+      jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
+    )
+
+  def parts(self, rows: int) -> int:
+    """Into how many parts a batch of so many rows is split."""
+    return self._mesh.size if rows % self._mesh.size == 0 else 1
+
+  def __call__(self, *arguments):
+    """Calls it."""
+    return self._chosen(arguments)(*arguments)
+
+  def eval_shape(self, *arguments):
+    """The shapes of the results."""
+    return self._chosen(arguments).eval_shape(*arguments)
+
+  def _chosen(self, arguments):
+    return self._shared if self.parts(len(arguments[-1])) > 1 else self._whole
 
 
 def _batches(rows: np.ndarray, batch_size: int | None):

@@ -9,8 +9,8 @@ made it. Other formats carry the XMP packet alone. The record:
   request         seed, image, sampler, steps, eta, guidance, guidance_interval, attributes (those that were
                   specified); mask_sha256 of the class ids and mask_png, they themselves, base64: both null
                   without a mask
-  drawn           batch_size, row, conditions that the batch had, dtype, backend, jax: with the request, all
-                  that the bits depend on
+  drawn           batch_size, row, conditions that the batch had, devices that shared it, dtype, backend,
+                  jax: with the request, all that the bits depend on
   pixels_sha256   of the RGB pixels, row by row
 
 Nothing of this is a proof: text can be removed, or written by anyone. The hash tells a changed picture from
@@ -86,7 +86,7 @@ def record(pipeline, request: Mapping, attributes, mask, drawn: Mapping) -> dict
     request: all of `request` but the conditions.
     attributes: (A,) in {-1, 0, 1}.
     mask: (S, S) uint8 class ids, 255 unspecified.
-    drawn: batch_size, row and conditions.
+    drawn: batch_size, row, conditions and devices.
   """
   given = zip(pipeline.schema.attributes, attributes.tolist(), strict=True)
   has_mask = bool((mask != UNSPECIFIED).any())
@@ -209,6 +209,10 @@ def mask_of(record: Mapping) -> np.ndarray | None:
 def redraw(pipeline, record: Mapping) -> Image.Image:
   """Draws the image of a record again, in a batch of the same size and at the same place in it.
 
+  Args:
+    pipeline: on one device.
+    record: of the image.
+
   Raises:
     UserError: the model has other weights, or the record asks for what it cannot draw.
   """
@@ -224,8 +228,11 @@ def redraw(pipeline, record: Mapping) -> Image.Image:
   try:
     request, drawn = dict(record['request']), record['drawn']
     size, row, image = int(drawn['batch_size']), int(drawn['row']), int(request['image'])
-    if not 0 <= row < size <= 4096:
-      raise ValueError(f'row {row} of {size}')
+    devices = int(drawn['devices'])
+    if not (0 <= row < size <= 4096 and 0 < devices <= size and size % devices == 0):
+      raise ValueError(f'row {row} of {size} on {devices} devices')
+    size //= devices  # each had a program for its own part
+    row %= size
     options = {
       'seed': int(request['seed']),
       'sampler': str(request['sampler']),

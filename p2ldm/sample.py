@@ -47,10 +47,11 @@ def draw(model, out, attributes=None, mask=None, num_images=8, overwrite=False, 
   # JAX is imported here: --help and a bad flag need not wait for it.
   from p2ldm import provenance
   from p2ldm.pipeline import Pipeline
+  from p2ldm.sharding import make_mesh
 
   out = storage.as_path(out).expanduser()
   _check_out(out, overwrite)
-  pipeline = Pipeline.from_pretrained(storage.as_path(model).expanduser())
+  pipeline = Pipeline.from_pretrained(storage.as_path(model).expanduser(), mesh=make_mesh())
   attributes, mask = pipeline.read_conditions(attributes, mask, num_images)
   faces = pipeline(attributes, mask, num_images, **options)
 

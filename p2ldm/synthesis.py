@@ -372,7 +372,7 @@ def _shares(rows: list[dict], schema) -> dict:
 def _check(pipeline, dataset, takes, parser, classifier, num: int, settings: Settings):
   if num < 1 or settings.batch_size < 1:
     raise UserError('--num and --batch_size must be at least 1.')
-  if not 0 <= settings.min_adherence:
+  if settings.min_adherence < 0:
     raise UserError(f'--min_adherence must be 0 or more, not {settings.min_adherence:g}.')
   if not any(takes.values()):
     raise UserError('This model takes no condition, so what it draws has no labels.')

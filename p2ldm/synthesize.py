@@ -47,9 +47,9 @@ def main(model=None):
     print(f'What is asked for is noted in {log.path}.')
   interruptions.catch()
   use_compilation_cache()
-  pipeline = Pipeline.from_pretrained(storage.as_path(model).expanduser())
-  dataset = open_dataset(storage.as_path(FLAGS.conditions).expanduser(), pipeline.image_size)
   mesh, found = sharding.make_mesh(), {}
+  pipeline = Pipeline.from_pretrained(storage.as_path(model).expanduser(), mesh=mesh)
+  dataset = open_dataset(storage.as_path(FLAGS.conditions).expanduser(), pipeline.image_size)
   if FLAGS.min_adherence:
     found = find_evaluators(FLAGS.evaluators, storage.as_path(model).expanduser())
   parser = load_parser(found['parser'], mesh) if 'parser' in found else None

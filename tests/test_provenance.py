@@ -3,13 +3,14 @@
 import io
 import json
 
+import jax
 import numpy as np
 import pytest
 import tiny_model
 from PIL import Image
 
 import p2ldm
-from p2ldm import provenance
+from p2ldm import provenance, sharding
 from p2ldm.errors import UserError
 from p2ldm.interop import model_directory
 from p2ldm.pipeline import Pipeline
@@ -57,8 +58,8 @@ def test_a_png_says_how_it_was_made(pipeline, faces, tmp_path):
     'attributes': {'Wearing_Hat': 1}, 'mask_sha256': provenance.mask_sha256(MASK.T), 'mask_png': None,
   }  # fmt: skip
   assert found['drawn'] | {'jax': ''} == {
-    'batch_size': 3, 'row': 1, 'conditions': ['attributes', 'mask'], 'dtype': 'float32',
-    'backend': 'cpu', 'jax': '',
+    'batch_size': 3, 'row': 1, 'conditions': ['attributes', 'mask'], 'devices': 1,
+    'dtype': 'float32', 'backend': 'cpu', 'jax': '',
   }  # fmt: skip
   np.testing.assert_array_equal(provenance.mask_of(found), MASK.T)
   with Image.open(tmp_path / 'face.png') as image:
@@ -99,6 +100,18 @@ def test_it_is_drawn_again_bit_for_bit(pipeline, faces, number):
   assert again.record['request'] == faces[number].record['request']
 
 
+def test_what_several_devices_drew_one_draws_again(pipeline):
+  many = Pipeline(
+    tiny_model.make_parts(), name='faces', mesh=sharding.make_mesh(-1, 1, jax.devices()[:2])
+  )
+  many.config['sha256'] = pipeline.config['sha256']
+  attributes = np.array([[1, 0, -1], [0, 0, 1], [0, 0, 0], [1, 1, 1]])
+  drawn = many(attributes, MASK, seed=3, steps=4, batch_size=4)
+  assert [face.record['drawn']['devices'] for face in drawn] == 4 * [2]
+  for face in drawn:
+    assert provenance.redraw(pipeline, face.record).tobytes() == face.tobytes()
+
+
 def test_another_model_does_not_draw_it(faces):
   other = Pipeline(tiny_model.make_parts(seed=1), name='other')
   with pytest.raises(UserError, match='other weights'):
@@ -116,6 +129,7 @@ def test_another_model_does_not_draw_it(faces):
     (lambda r: r['request'].update(mask_sha256='0'), 'not the one'),
     (lambda r: r['drawn'].update(row=9), 'row 9 of 3'),
     (lambda r: r['drawn'].update(batch_size=10**9), 'row 0 of'),
+    (lambda r: r['drawn'].update(devices=2), 'on 2 devices'),
   ],
 )
 def test_records_that_cannot_be_drawn(pipeline, faces, tmp_path, change, message):
