@@ -8,6 +8,7 @@ many images are drawn, nor on the batch they are drawn in (up to rounding, where
 batch size differently).
 """
 
+import contextlib
 import inspect
 from collections.abc import Callable
 
@@ -156,7 +157,7 @@ class Pipeline:
         'batch_size': len(batch),
         'row': row,
         'conditions': [name for name, is_given in given.items() if is_given],
-        'devices': self._decode.parts(len(batch)),
+        'devices': self.parts(len(batch)),
       },
     )
 
@@ -232,13 +233,9 @@ class Pipeline:
       for rows, count in _batches(np.arange(len(mask)), batch_size)
     ]
     run.eval_shape(*calls[0][0])  # bad options are reported before the bar appears
-    latents = []
     ticks = steps * sum(run.parts(len(arguments[-1])) for arguments, _ in calls)
-    with tqdm(total=ticks, unit='step', desc='sampling', disable=not progress) as bar:
-      self._tick = bar.update
-      for arguments, count in calls:
-        latents.append(np.asarray(run(*arguments))[:count])
-      jax.effects_barrier()
+    with self.ticking(ticks, 'sampling', progress):
+      latents = [np.asarray(run(*arguments))[:count] for arguments, count in calls]
     return np.concatenate(latents)
 
   def encode(self, images) -> jax.Array:
@@ -362,36 +359,76 @@ class Pipeline:
   def _sampler(self, branches, interval, options: dict, progress: bool) -> Callable:
     """The jitted sampler with these static options, compiled once for each batch size."""
     seen = tuple((branch.attributes, branch.mask) for branch in branches)
-    key = (seen, interval, tuple(options.items()), progress)
+
+    def run(params, weights, keys, attributes, mask):
+      conditions = cfg.branch_conditions(branches, attributes, mask)
+      return samplers.sample(
+        self.denoise_fn(params, *conditions, weights, interval, progress),
+        samplers.initial_noise(keys, self.latent_shape),
+        keys,
+        self.schedule,
+        prediction=self.config['diffusion']['prediction'],
+        **options,
+      )
+
+    return self.program(('sample', seen, interval, tuple(options.items()), progress), run, 3)
+
+  def program(self, key: tuple, function: Callable, batched: int) -> Callable:
+    """`function` jitted, and kept, so that it is compiled once for each batch size.
+
+    Args:
+      key: its name and all that is static in it.
+      function: (parameters, ..., of which the last `batched` lead with the batch axis) -> arrays that do.
+      batched: how many.
+    """
     if key not in self._compiled:
-
-      def run(params, weights, keys, attributes, mask):
-        variables = {'params': params['denoiser']}
-
-        def predict(latents, timesteps, condition):
-          return self._denoiser.apply(variables, latents, timesteps, condition, method='denoise')
-
-        condition = self._denoiser.apply(
-          variables, *cfg.branch_conditions(branches, attributes, mask), method='condition'
-        )
-        denoise = cfg.guided(predict, condition, weights, interval)
-
-        def counted(x, timesteps):
-          if progress:
-            jax.debug.callback(lambda: self._tick())
-          return denoise(x, timesteps)
-
-        return samplers.sample(
-          counted,
-          samplers.initial_noise(keys, self.latent_shape),
-          keys,
-          self.schedule,
-          prediction=self.config['diffusion']['prediction'],
-          **options,
-        )
-
-      self._compiled[key] = _OverBatch(run, self._mesh, 3)
+      self._compiled[key] = _OverBatch(function, self._mesh, batched)
     return self._compiled[key]
+
+  def parts(self, rows: int) -> int:
+    """Into how many parts a batch of so many rows is split, one for each device that shares it."""
+    return self._decode.parts(rows)
+
+  @property
+  def params(self) -> dict:
+    """What the functions of `program` take first."""
+    return self._params
+
+  def denoise_fn(self, params, attributes, mask, weights, interval=None, ticks: bool = False):
+    """The guided denoise function that samplers take, to be called inside of a jitted function.
+
+    Args:
+      params: of this model.
+      attributes: (K B, A) int8, the conditions of K branches of guidance, branch-major; encoded once.
+      mask: (K B, S, S) uint8, likewise.
+      weights, interval: see `guidance.guided`.
+      ticks: moves the bar of `ticking` at every evaluation.
+
+    Returns:
+      denoise(x (B, h, w, C), timesteps (B,) int32) -> (B, h, w, C) float32.
+    """
+    variables = {'params': params['denoiser']}
+
+    def predict(latents, timesteps, condition):
+      return self._denoiser.apply(variables, latents, timesteps, condition, method='denoise')
+
+    condition = self._denoiser.apply(variables, attributes, mask, method='condition')
+    denoise = cfg.guided(predict, condition, weights, interval)
+
+    def counted(x, timesteps):
+      if ticks:
+        jax.debug.callback(lambda: self._tick())
+      return denoise(x, timesteps)
+
+    return counted
+
+  @contextlib.contextmanager
+  def ticking(self, total: int, what: str, shown: bool):
+    """A progress bar for what runs in the block: `total` evaluations by functions of `denoise_fn`."""
+    with tqdm(total=total, unit='step', desc=what, disable=not shown) as bar:
+      self._tick = bar.update
+      yield
+      jax.effects_barrier()
 
 
 class _OverBatch:

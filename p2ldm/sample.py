@@ -14,6 +14,8 @@ Every picture carries how it was made. To read that back, to see whether the pic
 with --model, to draw it again and compare:
 
   python -m p2ldm.sample --verify=samples/000.png --model=runs/multi_tiny
+
+An edit (`python -m p2ldm.edit`) is made again from the image that was edited, --source=FILE.
 """
 
 import math
@@ -50,7 +52,7 @@ def draw(model, out, attributes=None, mask=None, num_images=8, overwrite=False, 
   from p2ldm.sharding import make_mesh
 
   out = storage.as_path(out).expanduser()
-  _check_out(out, overwrite)
+  check_out(out, overwrite)
   pipeline = Pipeline.from_pretrained(storage.as_path(model).expanduser(), mesh=make_mesh())
   attributes, mask = pipeline.read_conditions(attributes, mask, num_images)
   faces = pipeline(attributes, mask, num_images, **options)
@@ -70,24 +72,30 @@ def draw(model, out, attributes=None, mask=None, num_images=8, overwrite=False, 
     raise UserError(f'Cannot write {out}: {error.strerror or error}.') from error
 
 
-def verify(path, model=None):
+def verify(path, model=None, source=None):
   """Prints whether a picture is what it says; ends with status 1 if it is not.
 
   Args:
     path: of the picture.
     model: model directory or workdir to draw it again with, or None.
+    source: of an edit, the image that was edited.
 
   Raises:
     UserError: the picture, its record or the model cannot be read, or the model is another.
     SystemExit: it is not what it says.
   """
-  from p2ldm import provenance
+  from p2ldm import editing, provenance
   from p2ldm.pipeline import Pipeline
 
   def load():
     return Pipeline.from_pretrained(storage.as_path(model).expanduser())
 
-  good, found = provenance.verify(path, load if model else None)
+  def draw_again(pipeline, record):
+    if 'edit' in record and source:
+      return editing.redraw(pipeline, record, pathlib.Path(source).expanduser())
+    return provenance.redraw(pipeline, record)
+
+  good, found = provenance.verify(path, load if model else None, draw_again)
   print(found)
   if not good:
     raise SystemExit(1)
@@ -125,7 +133,8 @@ def describe(model) -> str:
   return '\n'.join(lines)
 
 
-def _check_out(out: storage.Path, overwrite: bool):
+def check_out(out: storage.Path, overwrite: bool):
+  """Raises `UserError` for a file, and for a folder that is not empty where nothing is to be replaced."""
   if out.exists() and not out.is_dir():
     raise UserError(f'--out={out} is a file; give a folder.')
   if out.exists() and any(out.iterdir()) and not overwrite:
@@ -187,6 +196,7 @@ def define_flags():
   flags.DEFINE_string(
     'verify', None, 'Read back how this picture was made; with --model, draw it again and compare.'
   )
+  flags.DEFINE_string('source', None, 'With --verify of an edit: the image that was edited.')
   flags.DEFINE_boolean('list', False, "Print the model's attributes and classes, and draw nothing.")
 
 
@@ -194,7 +204,7 @@ def main():
   """Runs the command."""
   values = flags.FLAGS
   if values.verify:
-    verify(pathlib.Path(values.verify).expanduser(), values.model)
+    verify(pathlib.Path(values.verify).expanduser(), values.model, values.source)
     return
   if not values.model:
     raise UserError(
@@ -217,7 +227,7 @@ def main():
     guidance={'attributes': values.attributes_scale, 'mask': values.mask_scale},
     sampler=values.sampler,
     eta=values.eta,
-    guidance_interval=_interval(values.guidance_interval),
+    guidance_interval=read_interval(values.guidance_interval),
     batch_size=values.batch_size,
     progress=True,
   )
@@ -225,7 +235,8 @@ def main():
   print(f'{values.num_images} faces in {values.out}; {values.out}/grid.png shows {shown}.')
 
 
-def _interval(texts: list[str] | None) -> tuple[int, int] | None:
+def read_interval(texts: list[str] | None) -> tuple[int, int] | None:
+  """The value of --guidance_interval; raises `UserError` where that is not two numbers."""
   if texts is None:
     return None
   try:

@@ -160,11 +160,11 @@ def test_bad_requests_leave_nothing_behind(model, tmp_path, options, message):
 
 
 def test_an_interval_that_is_none():
-  assert sample._interval(None) is None
-  assert sample._interval(['3', '9']) == (3, 9)
+  assert sample.read_interval(None) is None
+  assert sample.read_interval(['3', '9']) == (3, 9)
   for texts in (['3'], ['3', 'x'], ['1', '2', '3']):
     with pytest.raises(UserError, match='LOW,HIGH'):
-      sample._interval(texts)
+      sample.read_interval(texts)
 
 
 class FakePipeline:
@@ -173,7 +173,7 @@ class FakePipeline:
   schema, config = tiny_model.SCHEMA, tiny_model.CONFIG
 
   @classmethod
-  def from_pretrained(cls, model):
+  def from_pretrained(cls, model, mesh=None):
     return cls()
 
   def read_conditions(self, attributes, mask, num_images):

@@ -60,7 +60,7 @@ def test_what_is_written_is_prepared_like_any_data_set(pipeline, dataset, tmp_pa
       np.testing.assert_array_equal(np.asarray(mask), masks[i])
     found = provenance.read(tmp_path / 'new' / 'images' / f'{i:06d}.png')
     assert found['request']['image'] == i
-    np.testing.assert_array_equal(provenance.mask_of(found), masks[i])
+    np.testing.assert_array_equal(provenance.mask_of(found['request']), masks[i])
 
 
 def test_a_call_that_was_stopped_goes_on_to_the_same_faces(
