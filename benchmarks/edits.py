@@ -8,7 +8,8 @@ edit should look like, and where it differs from the source is the region that t
 are taken with all of their labels. Each face is edited in that region and, once more, everywhere. Prints one
 JSON line for each attribute: PSNR outside of the region (before anything is pasted; `autoencoder` is what the
 autoencoder alone gives, the most that can be had), the share of edits in which the classifier sees the new
-value (`truth`: in the faces rendered again; `source`: before), of other attributes the share that the
+value (`source`: before; `truth`: in the faces rendered again, and in what the autoencoder alone makes of
+those, the most that can be had), of other attributes the share that the
 classifier sees otherwise than before, and in the region the distance to the face rendered again. Writes the
 faces side by side.
 """
@@ -121,6 +122,11 @@ def measure(faces: Faces, edits: editing.Edits, name: str, classifier) -> dict:
   }
 
 
+def _through_autoencoder(pipeline, images: np.ndarray) -> np.ndarray:
+  latents = pipeline.encode(images.astype(np.float32) / 127.5 - 1.0)
+  return pictures.to_uint8(np.asarray(pipeline.decode(latents)))
+
+
 def _mean(values) -> float:
   return round(float(np.mean(values)), 3)
 
@@ -147,7 +153,7 @@ def main(arguments):
       edits[kind] = editing.edit(pipeline, faces.images, faces.conditions, target, region, settings)
     column = CELEBAMASK_HQ.attributes.index(name)
     asked = -faces.conditions.attributes[:, column]
-    first = edits['region']
+    first, truth = edits['region'], _through_autoencoder(pipeline, faces.wanted_images)
     figures = {
       'attribute': name,
       'num_faces': len(faces.images),
@@ -166,16 +172,23 @@ def main(arguments):
           psnr_where(faces.wanted_images, faces.images, faces.region)
         ),
       },
-      'truth': {'took': _mean(classifier.predict(faces.wanted_images)[:, column] == asked)},
+      'truth': {
+        'took': _mean(classifier.predict(faces.wanted_images)[:, column] == asked),
+        'took_by_autoencoder': _mean(classifier.predict(truth)[:, column] == asked),
+        'psnr_by_autoencoder_in_region': _mean(
+          psnr_where(faces.wanted_images, truth, faces.region)
+        ),
+      },
       **{kind: measure(faces, found, name, classifier) for kind, found in edits.items()},
     }
     print(json.dumps(figures), flush=True)
     for i in range(min(FLAGS.shown, len(faces.images))):
       row = (faces.images[i], pictures.tinted(faces.images[i], faces.region[i]))
       row += (first.images[i], first.drawn[i], edits['everywhere'].images[i])
-      shown.append((*row, faces.wanted_images[i]))
+      shown.append((*row, first.reconstructions[i], truth[i], faces.wanted_images[i]))
       texts.append(('' if asked[i] > 0 else 'no ') + name)
-  titles = ('source', 'affected', 'edited there', 'before pasting', 'edited everywhere', 'truth')
+  titles = ('source', 'affected', 'edited there', 'before pasting', 'edited everywhere')
+  titles += ('source, autoencoded', 'truth, autoencoded', 'truth')
   pictures.panels(shown, titles, texts).save(FLAGS.out)
 
 
@@ -192,7 +205,7 @@ if __name__ == '__main__':
   flags.DEFINE_integer('steps', 50, 'Of the schedule.')
   flags.DEFINE_float('strength', 1.0, 'Share of it.')
   flags.DEFINE_float('attributes_scale', 3.0, 'Guidance.')
-  flags.DEFINE_float('mask_scale', 1.5, 'Guidance.')
+  flags.DEFINE_float('mask_scale', 3.0, 'Guidance.')
   flags.DEFINE_float('fresh_noise', 0.0, 'Share of fresh noise.')
   flags.DEFINE_integer('refinements', 2, 'Of the inversion.')
   flags.DEFINE_integer('shown', 4, 'Faces of each attribute in the picture.')

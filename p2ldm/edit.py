@@ -68,8 +68,7 @@ def edit(
     source_attributes, source_mask: see `edit_inputs.read_source`.
     region: see `edit_inputs.read_region`.
     grow: pixels by which it is grown; None takes a 32nd of the image's side.
-    hold_mask: whether the region is held to the source's mask where `mask` says nothing; None does so where
-      the region is everything.
+    hold_mask: see `edit_inputs.read_request`.
     num_images: how many edits.
     batch_size: edits drawn at a time.
     evaluators: workdir with a parser, a classifier or both; None takes those of the model's run.
@@ -177,8 +176,8 @@ def define_flags():
   flags.DEFINE_boolean(
     'hold_mask',
     None,
-    'Hold the region, too, to the classes of the old mask where --mask says nothing. Default: only where '
-    'everything may change.',
+    'Hold the region, too, to the classes of the old mask where --mask says nothing. Default: if there is '
+    'a --mask, or everything may change.',
   )
   flags.DEFINE_float(
     'strength', 1.0, 'How far back to noise, above 0 to 1; less keeps more of the image.'
@@ -189,7 +188,7 @@ def define_flags():
   flags.DEFINE_float(
     'attributes_scale', 3.0, 'Guidance: how hard to push from the old attributes to the new ones.'
   )
-  flags.DEFINE_float('mask_scale', 1.5, 'Guidance: how hard to push from the old mask to the new.')
+  flags.DEFINE_float('mask_scale', 3.0, 'Guidance: how hard to push from the old mask to the new.')
   flags.DEFINE_list(
     'guidance_interval', None, 'Timesteps LOW,HIGH outside which guidance is off, e.g. 100,800.'
   )

@@ -127,7 +127,7 @@ def read_request(
     attributes, mask: 'Smiling,-Eyeglasses', and the path of a mask or None.
     region, grow: see `read_region`.
     hold_mask: whether the region is held to the source's mask where `mask` says nothing; None does so where
-      the region is everything.
+      there is a `mask`, or the region is everything.
     anew: whether fresh noise changes the image even if nothing else does.
 
   Raises:
@@ -140,8 +140,7 @@ def read_request(
   target = target_of(source.conditions, attributes, mask, none)
   old, new = source.conditions.mask[0], target.mask[0]
   allowed = read_region(region, old, new, pipeline.schema, grow, size)
-  everywhere = bool(allowed.all())
-  held = everywhere if hold_mask is None else hold_mask
+  held = given is not None or bool(allowed.all()) if hold_mask is None else hold_mask
   unused = int(((old != new) & ~allowed).sum())
   notes = (
     [f'{unused} pixels in which --mask differs lie outside of the region, and stay.']

@@ -269,10 +269,15 @@ def test_figures_are_of_their_pixels_alone():
   assert figures.closeness(images[0], others[0], ~where[0] & where[0])['max_difference'] is None
   changes = figures.attribute_changes(
     tiny_model.SCHEMA,
-    *map(np.array, ([-1, 0, 1], [1, 0, 1], [-1, 1, 1], [1, -1, 1])),
+    *map(np.array, ([-1, 0, 1], [1, 0, 1], [-1, 1, 1], [1, -1, -1], [1, -1, 1])),
   )
   row = {'asked': 1, 'seen_in_source': -1, 'seen_in_edit': 1, 'took': True}
-  assert changes == {'changed': {'Smiling': row}, 'others_flipped': ['Eyeglasses'], 'others': 2}
+  assert changes == {
+    'changed': {'Smiling': row},
+    'others_flipped': ['Eyeglasses', 'Wearing_Hat'],
+    'others_flipped_by_autoencoder': ['Eyeglasses'],
+    'others': 2,
+  }
   target = np.array([[1, 1], [255, 0]])
   before, after = np.array([[0, 0], [0, 0]]), np.array([[1, 0], [0, 0]])
   everywhere = np.ones((2, 2), bool)
@@ -351,6 +356,12 @@ def test_an_edit_of_what_p2ldm_drew_is_no_photograph(pipeline, model, tmp_path, 
   target = provenance.mask_of(found['request'])
   grown = editing.grown((MASK == 2)[None], 0)[0]  # 16 // 32 pixels
   np.testing.assert_array_equal(target == 255, grown)  # left to the model in the region
+  Image.fromarray(np.full_like(MASK, 1)).save(tmp_path / 'mask.png')
+  given = {'mask': str(tmp_path / 'mask.png'), 'region': 'hair', 'overwrite': True}
+  report = edit.edit(model, tmp_path / 'face.png', out, DEFAULTS, **given)
+  target = provenance.mask_of(provenance.read(out / '000.png')['request'])
+  np.testing.assert_array_equal(target, np.where(MASK == 2, 1, MASK))
+  assert '64 pixels in which --mask differs lie outside' in ' '.join(report['notes'])
   with Image.open(out / '000.png') as opened:
     assert '/trainedAlgorithmicMedia' in opened.info['xmp'].decode()
 

@@ -68,7 +68,12 @@ def closeness(
 
 
 def attribute_changes(
-  schema: LabelSchema, source: np.ndarray, target: np.ndarray, before: np.ndarray, after: np.ndarray
+  schema: LabelSchema,
+  source: np.ndarray,
+  target: np.ndarray,
+  before: np.ndarray,
+  after: np.ndarray,
+  reconstructed: np.ndarray,
 ) -> dict:
   """What a classifier says of an edit.
 
@@ -76,14 +81,17 @@ def attribute_changes(
     schema: names the attributes.
     source, target: (A,) in {-1, 0, 1}, what the source was taken to show and what the edit was to show.
     before, after: (A,) in {-1, 1}, what the classifier sees in the source and in the edit.
+    reconstructed: (A,), what it sees in the source after the autoencoder alone.
 
   Returns:
     changed: {name: {'asked', 'seen_in_source', 'seen_in_edit', 'took'}} of what was to change.
     others_flipped: names of the rest that the classifier sees otherwise than in the source.
+    others_flipped_by_autoencoder: names of these that it sees otherwise in the reconstruction, too.
     others: how many these could be.
   """
   changed = (source != target) & (target != 0)
   flipped = ~changed & (before != after)
+  by_autoencoder = flipped & (before != reconstructed)
   return {
     'changed': {
       schema.attributes[i]: {
@@ -95,6 +103,7 @@ def attribute_changes(
       for i in np.flatnonzero(changed)
     },
     'others_flipped': [schema.attributes[i] for i in np.flatnonzero(flipped)],
+    'others_flipped_by_autoencoder': [schema.attributes[i] for i in np.flatnonzero(by_autoencoder)],
     'others': int((~changed).sum()),
   }
 

@@ -94,16 +94,16 @@ def _kept(source, asked, edits, i, distance) -> dict:
 
 def _took(pipeline, source, asked, edits, i, parser, classifier) -> dict:
   """What the evaluators see in edit i, and in its source."""
-  found, pair = {}, np.stack([source.image, edits.images[i]])
+  found, seen = {}, np.stack([source.image, edits.images[i], edits.reconstructions[0]])
   if classifier is not None:
     found['attributes'] = figures.attribute_changes(
       pipeline.schema,
       source.conditions.attributes[0],
       asked.target.attributes[0],
-      *classifier.predict(pair),
+      *classifier.predict(seen),
     )
   if parser is not None:
-    parsed, old, new = parser.predict(pair), source.conditions.mask[0], asked.target.mask[0]
+    parsed, old, new = parser.predict(seen[:2]), source.conditions.mask[0], asked.target.mask[0]
     found['mask'] = {
       'region': figures.mask_agreement(new, *parsed, asked.region),
       'changed_pixels': figures.mask_agreement(new, *parsed, (old != new) & asked.region),
@@ -157,7 +157,11 @@ def _image_lines(image: dict) -> list[str]:
       )
     flipped = image['attributes']['others_flipped']
     if flipped:
-      found.append(f'not asked for, but seen otherwise by the classifier: {", ".join(flipped)}')
+      alone = image['attributes']['others_flipped_by_autoencoder']
+      found.append(
+        f'not asked for, but seen otherwise by the classifier: {", ".join(flipped)}'
+        + (f'; the autoencoder alone does that to {", ".join(alone)}' if alone else '')
+      )
   changed = image.get('mask', {}).get('changed_pixels', {})
   if changed.get('pixels'):
     found.append(
