@@ -5,13 +5,13 @@
 
 The faces are embedded ones, so each can be rendered again with one attribute changed: that face is what the
 edit should look like, and where it differs from the source is the region that the change affects. Sources
-are taken with all of their labels. Each face is edited in that region and, once more, everywhere. Prints one
+are taken with all of their labels. Each face is edited in that region (the mask there unspecified) and, once
+more, everywhere (the mask as it was), as the command does by default; --mask has other choices. Prints one
 JSON line for each attribute: PSNR outside of the region (before anything is pasted; `autoencoder` is what the
 autoencoder alone gives, the most that can be had), the share of edits in which the classifier sees the new
 value (`source`: before; `truth`: in the faces rendered again, and in what the autoencoder alone makes of
-those, the most that can be had), of other attributes the share that the
-classifier sees otherwise than before, and in the region the distance to the face rendered again. Writes the
-faces side by side.
+those), of other attributes the share that the classifier sees otherwise than before, and in the region the
+distance to the face rendered again. Writes the faces side by side.
 """
 
 import dataclasses
@@ -96,14 +96,14 @@ def _render(traits, size: int):
   return image_files.resize_image(image, size), image_files.resize_labels(mask, size), attributes
 
 
-def target_of(faces: Faces, name: str, region: np.ndarray) -> Conditions:
+def target_of(faces: Faces, name: str, region: np.ndarray, free: bool) -> Conditions:
   """What the edit is to show: one attribute changed; of the mask what --mask says."""
   column = CELEBAMASK_HQ.attributes.index(name)
   attributes = np.zeros_like(faces.conditions.attributes)
   attributes[:, column] = -faces.conditions.attributes[:, column]
   nothing = np.full_like(faces.conditions.mask, UNSPECIFIED)
   mask = faces.wanted.mask if FLAGS.mask == 'truth' else nothing
-  release = region if FLAGS.mask == 'free' else np.zeros_like(region)
+  release = region if free else np.zeros_like(region)
   return editing.target_of(faces.conditions, attributes, mask, release)
 
 
@@ -149,7 +149,8 @@ def main(arguments):
     whole = np.ones_like(faces.region)
     edits = {}
     for kind, region in (('region', faces.region), ('everywhere', whole)):
-      target = target_of(faces, name, region if FLAGS.mask == 'free' else whole)
+      free = FLAGS.mask == 'free' or (FLAGS.mask == 'auto' and kind == 'region')
+      target = target_of(faces, name, region, free)
       edits[kind] = editing.edit(pipeline, faces.images, faces.conditions, target, region, settings)
     column = CELEBAMASK_HQ.attributes.index(name)
     asked = -faces.conditions.attributes[:, column]
@@ -200,7 +201,10 @@ if __name__ == '__main__':
   flags.DEFINE_integer('only', 0, 'Leave out faces that have (1) or have not (-1) the attribute.')
   flags.DEFINE_list('attributes', ['Smiling', 'Eyeglasses'], f'Of {", ".join(CHANGES)}.')
   flags.DEFINE_enum(
-    'mask', 'free', ['free', 'hold', 'truth'], 'In the region: unspecified, as it was, as rendered.'
+    'mask',
+    'auto',
+    ['auto', 'free', 'hold', 'truth'],
+    'Where it may change: as the command does, unspecified, as it was, as rendered.',
   )
   flags.DEFINE_integer('steps', 50, 'Of the schedule.')
   flags.DEFINE_float('strength', 1.0, 'Share of it.')
