@@ -208,7 +208,7 @@ if __name__ == '__main__':
   )
   flags.DEFINE_integer('steps', 50, 'Of the schedule.')
   flags.DEFINE_float('strength', 1.0, 'Share of it.')
-  flags.DEFINE_float('attributes_scale', 3.0, 'Guidance.')
+  flags.DEFINE_float('attributes_scale', 2.0, 'Guidance.')
   flags.DEFINE_float('mask_scale', 3.0, 'Guidance.')
   flags.DEFINE_float('fresh_noise', 0.0, 'Share of fresh noise.')
   flags.DEFINE_integer('refinements', 2, 'Of the inversion.')

@@ -186,7 +186,7 @@ def define_flags():
     'steps', 50, 'Evaluations of the network for the way from noise to the image at strength 1.'
   )
   flags.DEFINE_float(
-    'attributes_scale', 3.0, 'Guidance: how hard to push from the old attributes to the new ones.'
+    'attributes_scale', 2.0, 'Guidance: how hard to push from the old attributes to the new ones.'
   )
   flags.DEFINE_float('mask_scale', 3.0, 'Guidance: how hard to push from the old mask to the new.')
   flags.DEFINE_list(

@@ -58,7 +58,7 @@ class Settings:
 
   steps: int = 50
   strength: float = 1.0
-  attributes_scale: float = 3.0
+  attributes_scale: float = 2.0
   mask_scale: float = 3.0
   guidance_interval: tuple[int, int] | None = None
   fresh_noise: float = 0.0
