@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from p2ldm.data.image_files import center_square, same_aspect
 from p2ldm.data.labels import UNSPECIFIED, LabelSchema
 from p2ldm.errors import UserError
 
@@ -46,7 +47,9 @@ def read_attributes(value, schema: LabelSchema) -> np.ndarray:
   return np.atleast_2d(array).astype(np.int8)
 
 
-def read_mask(value, schema: LabelSchema, size: int) -> np.ndarray:
+def read_mask(
+  value, schema: LabelSchema, size: int, image_size: tuple[int, int] | None = None
+) -> np.ndarray:
   """A mask, or one per image, as (B, size, size) uint8 class ids, resized by nearest neighbour.
 
   In a file or a PIL image, three channels are the schema's colours (alpha 0 is unspecified) and one
@@ -57,6 +60,8 @@ def read_mask(value, schema: LabelSchema, size: int) -> np.ndarray:
       dtype, or display colours (H, W, 3) uint8. H = W.
     schema: the classes and their colours.
     size: of the model's images.
+    image_size: (width, height) of the image that a mask belongs to; one of the same aspect is cropped to the
+      central square, as the image is.
 
   Raises:
     UserError: no such file, no image, not square, or something that is no class.
@@ -73,6 +78,10 @@ def read_mask(value, schema: LabelSchema, size: int) -> np.ndarray:
     ids = _ids_from_array(np.asarray(value), schema, name)
   ids = ids[None] if ids.ndim == 2 else ids
   height, width = ids.shape[1:]
+  if image_size is not None and same_aspect((width, height), image_size):
+    left, upper, right, lower = center_square(width, height)
+    ids = ids[:, upper:lower, left:right]
+    height, width = ids.shape[1:]
   if height != width:
     raise UserError(
       f'{name} is {width} x {height} pixels (width x height); masks are square, as the faces are. '

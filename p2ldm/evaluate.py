@@ -110,10 +110,11 @@ def _measure_model(model, data, protocol, load):
   from p2ldm.evaluation import evaluation, faces, subjects
   from p2ldm.interop import model_config, model_directory
   from p2ldm.pipeline import Pipeline
+  from p2ldm.sharding import make_mesh
 
   directory = model_directory.find(model)
   config = model_config.read(directory / 'config.json')
-  pipeline = Pipeline.from_pretrained(directory)
+  pipeline = Pipeline.from_pretrained(directory, mesh=make_mesh())
   dataset = subjects.open_data(data, config, model)
   instruments = load()
   evaluation.check_fit(dataset, instruments, pipeline, protocol.steps)

@@ -135,6 +135,45 @@ def condition_grid(
   return canvas
 
 
+def panels(
+  rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], texts: Sequence[str] = ()
+) -> Image.Image:
+  """Rows of pictures under common titles.
+
+  Args:
+    rows: R rows of C images (H, W, 3), float in [-1, 1] or uint8.
+    titles: of the C columns.
+    texts: one for each row, in lines, on the left; none leaves that column out.
+
+  Returns:
+    One RGB image. Pictures below 128 px are enlarged by a whole factor.
+  """
+  height = len(rows[0][0])
+  tile, font = height * math.ceil(_MIN_TILE / height), _font(_FONT_SIZE)
+  widths = [max(tile, math.ceil(font.getlength(title))) for title in titles]
+  lines = [line for text in texts for line in text.splitlines()]
+  left = max((math.ceil(font.getlength(line)) + _MARGIN for line in lines), default=0) + _MARGIN
+  size = (left + sum(widths) + _MARGIN * len(widths), _MARGIN + _TITLE_HEIGHT)
+  canvas = Image.new('RGB', (size[0], size[1] + len(rows) * (tile + _MARGIN)), _WHITE)
+  draw = ImageDraw.Draw(canvas)
+  for r, row in enumerate(rows):
+    top, x = size[1] + r * (tile + _MARGIN), left
+    if r < len(texts):
+      draw.multiline_text((_MARGIN, top), texts[r], _INK, font)
+    for image, title, width in zip(row, titles, widths, strict=True):
+      if not r:
+        draw.text((x, _MARGIN - 4), title, _MUTED, font)
+      canvas.paste(_face_tile(to_uint8(image), tile), (x, top))
+      x += width + _MARGIN
+  return canvas
+
+
+def tinted(image: np.ndarray, region: np.ndarray) -> np.ndarray:
+  """An image (H, W, 3) uint8 whose pixels outside of a region (H, W) bool are faded, as uint8."""
+  faded = np.clip(0.35 * image.mean(-1, keepdims=True) + 150, 0, 255)
+  return np.where(region[..., None], image, faded).astype(np.uint8)
+
+
 def _font(size: int):
   return ImageFont.load_default(size)
 

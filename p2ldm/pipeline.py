@@ -8,16 +8,19 @@ many images are drawn, nor on the batch they are drawn in (up to rounding, where
 batch size differently).
 """
 
+import contextlib
+import inspect
 import itertools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from PIL import Image
 from tqdm import tqdm
 
-from p2ldm import conditions, pictures
+from p2ldm import conditions, pictures, provenance, sharding, storage
 from p2ldm.data.labels import UNSPECIFIED, LabelSchema
 from p2ldm.data.latents import LatentStatistics
 from p2ldm.diffusion import guidance as cfg
@@ -40,14 +43,20 @@ class Pipeline:
     latent_shape: (h, w, C) of a latent.
     schedule: the noise schedule, T = schedule.num_timesteps.
     statistics: LatentStatistics, which whiten the latents.
+    name: of the model, for the record that its images carry.
+    dtype: of the computation.
   """
 
-  def __init__(self, parts: model_directory.ModelParts, dtype: str = 'auto'):
+  def __init__(
+    self, parts: model_directory.ModelParts, dtype: str = 'auto', name: str = '', mesh=None
+  ):
     """Takes a model in memory; `from_pretrained` reads one.
 
     Args:
       parts: config and parameters.
       dtype: of the computation: 'float32', 'bfloat16', or 'auto' (bfloat16 on TPU and GPU).
+      name: of the model.
+      mesh: whose devices share the images of a batch, if they divide it; None takes the first device.
 
     Raises:
       UserError: there is no denoiser; an unknown dtype, prediction or schedule.
@@ -69,20 +78,23 @@ class Pipeline:
     )
     check_prediction(diffusion['prediction'])
     dtype = resolve_dtype(dtype)
+    self.name, self.dtype = name, dtype.name
     self._autoencoder = parts.make_autoencoder(dtype)
     self._denoiser = parts.make_denoiser(dtype)
-    self._params = jax.device_put({'autoencoder': parts.autoencoder, 'denoiser': parts.denoiser})
+    self._mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
+    params = {'autoencoder': parts.autoencoder, 'denoiser': parts.denoiser}
+    self._params = jax.device_put(params, sharding.replicated(self._mesh))
     side = self.image_size // self._denoiser.latent_factor
     self.latent_shape = (side, side, self._denoiser.latent_channels)
     self._compiled: dict[tuple, Callable] = {}  # samplers, by everything that is static in them
     self._tick = lambda: None  # called by running samplers, once a step
-    self._encode = jax.jit(self._encode_fn)
-    self._decode = jax.jit(self._decode_fn)
-    self._reconstruct = jax.jit(self._reconstruct_fn)
-    self._denoise = jax.jit(self._denoise_fn)
+    self._encode = _OverBatch(self._encode_fn, self._mesh, 1)
+    self._decode = _OverBatch(self._decode_fn, self._mesh, 1)
+    self._reconstruct = _OverBatch(self._reconstruct_fn, self._mesh, 1)
+    self._denoise = _OverBatch(self._denoise_fn, self._mesh, 4)
 
   @classmethod
-  def from_pretrained(cls, directory, dtype: str = 'auto') -> 'Pipeline':
+  def from_pretrained(cls, directory, dtype: str = 'auto', mesh=None) -> 'Pipeline':
     """Reads a model directory, or the one that a training workdir has.
 
     Args:
@@ -92,7 +104,9 @@ class Pipeline:
     Raises:
       UserError: there is no model, or it is damaged; the message says what to do.
     """
-    return cls(model_directory.load(directory), dtype)
+    path = storage.absolute(directory)
+    name = path.parent.name if path.name == 'model' else path.name
+    return cls(model_directory.load(directory), dtype, name, mesh)
 
   def replace_denoiser(self, params: dict):
     """Draws with other parameters of the same denoiser from now on; nothing is compiled again."""
@@ -107,15 +121,47 @@ class Pipeline:
                guidance={'attributes': 3.0, 'mask': 1.5})
 
     Returns:
-      N RGB images of S x S pixels.
+      N RGB images of S x S pixels, which carry how they were made (`provenance.GeneratedImage`).
 
     Raises:
       UserError: as `sample_latents`.
     """
     latents = self.sample_latents(attributes, mask, num_images, **options)
-    batches = _batches(np.arange(len(latents)), options.get('batch_size'))
-    decoded = ((self.decode(latents[batch]), count) for batch, count in batches)
-    return [face for images in _fetched(decoded) for face in pictures.to_pil(images)]
+    attributes, mask = self.read_conditions(attributes, mask, len(latents))
+    batches = [*_batches(np.arange(len(latents)), options.get('batch_size'))]
+    decoded = _fetched((self.decode(latents[batch]), count) for batch, count in batches)
+    faces = []
+    for (batch, _), images in zip(batches, decoded, strict=True):
+      for row, image in enumerate(pictures.to_pil(images)):
+        record = self._record(row, batch, attributes, mask, **options)
+        faces.append(provenance.GeneratedImage.of(image, record))
+    return faces
+
+  def _record(self, row: int, batch, attributes, mask, *, seed=0, first_image=0, steps=50,
+              guidance=None, sampler='ddim', eta=0.0, guidance_interval=None, batch_size=None,
+              progress=False) -> dict:  # fmt: skip
+    """The record of the image that is in this row of a batch, of options as of `sample_latents`."""
+    given = {'attributes': attributes.any(), 'mask': (mask != UNSPECIFIED).any()}
+    return provenance.record(
+      self,
+      {
+        'seed': int(seed),
+        'image': int(first_image + batch[row]),
+        'sampler': sampler,
+        'steps': int(steps),
+        'eta': float(eta),
+        'guidance': conditions.read_guidance(guidance),
+        'guidance_interval': None if guidance_interval is None else [*map(int, guidance_interval)],
+      },
+      attributes[batch[row]],
+      mask[batch[row]],
+      {
+        'batch_size': len(batch),
+        'row': row,
+        'conditions': [name for name, is_given in given.items() if is_given],
+        'devices': self.parts(len(batch)),
+      },
+    )
 
   def sample_latents(
     self,
@@ -189,10 +235,9 @@ class Pipeline:
       for rows, count in _batches(np.arange(len(mask)), batch_size)
     ]
     run.eval_shape(*calls[0][0])  # bad options are reported before the bar appears
-    with tqdm(total=steps * len(calls), unit='step', desc='sampling', disable=not progress) as bar:
-      self._tick = bar.update
+    ticks = steps * sum(run.parts(len(arguments[-1])) for arguments, _ in calls)
+    with self.ticking(ticks, 'sampling', progress):
       latents = [*_fetched((run(*arguments), count) for arguments, count in calls)]
-      jax.effects_barrier()
     return np.concatenate(latents)
 
   def encode(self, images) -> jax.Array:
@@ -316,36 +361,105 @@ class Pipeline:
   def _sampler(self, branches, interval, options: dict, progress: bool) -> Callable:
     """The jitted sampler with these static options, compiled once for each batch size."""
     seen = tuple((branch.attributes, branch.mask) for branch in branches)
-    key = (seen, interval, tuple(options.items()), progress)
+
+    def run(params, weights, keys, attributes, mask):
+      conditions = cfg.branch_conditions(branches, attributes, mask)
+      return samplers.sample(
+        self.denoise_fn(params, *conditions, weights, interval, progress),
+        samplers.initial_noise(keys, self.latent_shape),
+        keys,
+        self.schedule,
+        prediction=self.config['diffusion']['prediction'],
+        **options,
+      )
+
+    return self.program(('sample', seen, interval, tuple(options.items()), progress), run, 3)
+
+  def program(self, key: tuple, function: Callable, batched: int) -> Callable:
+    """`function` jitted, and kept, so that it is compiled once for each batch size.
+
+    Args:
+      key: its name and all that is static in it.
+      function: (parameters, ..., of which the last `batched` lead with the batch axis) -> arrays that do.
+      batched: how many.
+    """
     if key not in self._compiled:
-
-      def run(params, weights, keys, attributes, mask):
-        variables = {'params': params['denoiser']}
-
-        def predict(latents, timesteps, condition):
-          return self._denoiser.apply(variables, latents, timesteps, condition, method='denoise')
-
-        condition = self._denoiser.apply(
-          variables, *cfg.branch_conditions(branches, attributes, mask), method='condition'
-        )
-        denoise = cfg.guided(predict, condition, weights, interval)
-
-        def counted(x, timesteps):
-          if progress:
-            jax.debug.callback(lambda: self._tick())
-          return denoise(x, timesteps)
-
-        return samplers.sample(
-          counted,
-          samplers.initial_noise(keys, self.latent_shape),
-          keys,
-          self.schedule,
-          prediction=self.config['diffusion']['prediction'],
-          **options,
-        )
-
-      self._compiled[key] = jax.jit(run)
+      self._compiled[key] = _OverBatch(function, self._mesh, batched)
     return self._compiled[key]
+
+  def parts(self, rows: int) -> int:
+    """Into how many parts a batch of so many rows is split, one for each device that shares it."""
+    return self._decode.parts(rows)
+
+  @property
+  def params(self) -> dict:
+    """What the functions of `program` take first."""
+    return self._params
+
+  def denoise_fn(self, params, attributes, mask, weights, interval=None, ticks: bool = False):
+    """The guided denoise function that samplers take, to be called inside of a jitted function.
+
+    Args:
+      params: of this model.
+      attributes: (K B, A) int8, the conditions of K branches of guidance, branch-major; encoded once.
+      mask: (K B, S, S) uint8, likewise.
+      weights, interval: see `guidance.guided`.
+      ticks: moves the bar of `ticking` at every evaluation.
+
+    Returns:
+      denoise(x (B, h, w, C), timesteps (B,) int32) -> (B, h, w, C) float32.
+    """
+    variables = {'params': params['denoiser']}
+
+    def predict(latents, timesteps, condition):
+      return self._denoiser.apply(variables, latents, timesteps, condition, method='denoise')
+
+    condition = self._denoiser.apply(variables, attributes, mask, method='condition')
+    denoise = cfg.guided(predict, condition, weights, interval)
+
+    def counted(x, timesteps):
+      if ticks:
+        jax.debug.callback(lambda: self._tick())
+      return denoise(x, timesteps)
+
+    return counted
+
+  @contextlib.contextmanager
+  def ticking(self, total: int, what: str, shown: bool):
+    """A progress bar for what runs in the block: `total` evaluations by functions of `denoise_fn`."""
+    with tqdm(total=total, unit='step', desc=what, disable=not shown) as bar:
+      self._tick = bar.update
+      yield
+      jax.effects_barrier()
+
+
+class _OverBatch:
+  """A jitted function; the devices share its rows where they divide them, each with a program of its own."""
+
+  def __init__(self, function: Callable, mesh, batched: int):
+    """Args: the last `batched` arguments and all results lead with the batch axis."""
+    self._whole, self._mesh = jax.jit(function), mesh
+    rows = PartitionSpec(mesh.axis_names)
+    fixed = len(inspect.signature(function).parameters) - batched
+    specs = (PartitionSpec(),) * fixed + (rows,) * batched
+    self._shared = jax.jit(
+      jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
+    )
+
+  def parts(self, rows: int) -> int:
+    """Into how many parts a batch of so many rows is split."""
+    return self._mesh.size if rows % self._mesh.size == 0 else 1
+
+  def __call__(self, *arguments):
+    """Calls it."""
+    return self._chosen(arguments)(*arguments)
+
+  def eval_shape(self, *arguments):
+    """The shapes of the results."""
+    return self._chosen(arguments).eval_shape(*arguments)
+
+  def _chosen(self, arguments):
+    return self._shared if self.parts(len(arguments[-1])) > 1 else self._whole
 
 
 def _fetched(results):

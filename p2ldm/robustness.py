@@ -73,6 +73,7 @@ def measure(
   from p2ldm.models.layers import resolve_dtype
   from p2ldm.pipeline import Pipeline
   from p2ldm.reports import report
+  from p2ldm.sharding import make_mesh
 
   report.check_out(out, overwrite)
   names = tuple(names) or tuple(CORRUPTIONS)
@@ -101,7 +102,7 @@ def measure(
   for model, directory, config in zip(models, directories, configs, strict=True):
     name = _name(model, models)
     made[name] = subjects.about_model(model, config)
-    pipeline = Pipeline.from_pretrained(directory)
+    pipeline = Pipeline.from_pretrained(directory, mesh=make_mesh())
     results[name] = robustness(pipeline, dataset, protocol, instruments, names)
   how = {
     'protocol': dataclasses.asdict(protocol),

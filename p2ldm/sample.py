@@ -9,6 +9,13 @@ receives 000.png, 001.png, ... and grid.png, which shows the request beside the 
 everything in it is complete. To see what a model knows:
 
   python -m p2ldm.sample --model=runs/multi_tiny --list
+
+Every picture carries how it was made. To read that back, to see whether the picture was changed since and,
+with --model, to draw it again and compare:
+
+  python -m p2ldm.sample --verify=samples/000.png --model=runs/multi_tiny
+
+An edit (`python -m p2ldm.edit`) is made again from the image that was edited, --source=FILE.
 """
 
 import math
@@ -39,11 +46,14 @@ def draw(model, out, attributes=None, mask=None, num_images=8, overwrite=False, 
   Raises:
     UserError: bad input, or `out` holds something; nothing is left behind.
   """
-  from p2ldm.pipeline import Pipeline  # imports JAX, which --help and a bad flag need not wait for
+  # JAX is imported here: --help and a bad flag need not wait for it.
+  from p2ldm import provenance
+  from p2ldm.pipeline import Pipeline
+  from p2ldm.sharding import make_mesh
 
   out = storage.as_path(out).expanduser()
-  _check_out(out, overwrite)
-  pipeline = Pipeline.from_pretrained(storage.as_path(model).expanduser())
+  check_out(out, overwrite)
+  pipeline = Pipeline.from_pretrained(storage.as_path(model).expanduser(), mesh=make_mesh())
   attributes, mask = pipeline.read_conditions(attributes, mask, num_images)
   faces = pipeline(attributes, mask, num_images, **options)
 
@@ -55,9 +65,40 @@ def draw(model, out, attributes=None, mask=None, num_images=8, overwrite=False, 
     with storage.new_files(out, last='grid.png', remove=earlier) as work:
       for i, face in enumerate(faces):
         face.save(work / f'{i:03d}.png')
-      _grid(pipeline, faces, attributes, mask).save(work / 'grid.png')
+      grid = _grid(pipeline, faces, attributes, mask)
+      records = [face.record for face in faces]
+      provenance.GeneratedImage.of(grid, provenance.grid_record(records)).save(work / 'grid.png')
   except OSError as error:
     raise UserError(f'Cannot write {out}: {error.strerror or error}.') from error
+
+
+def verify(path, model=None, source=None):
+  """Prints whether a picture is what it says; ends with status 1 if it is not.
+
+  Args:
+    path: of the picture.
+    model: model directory or workdir to draw it again with, or None.
+    source: of an edit, the image that was edited.
+
+  Raises:
+    UserError: the picture, its record or the model cannot be read, or the model is another.
+    SystemExit: it is not what it says.
+  """
+  from p2ldm import editing, provenance
+  from p2ldm.pipeline import Pipeline
+
+  def load():
+    return Pipeline.from_pretrained(storage.as_path(model).expanduser())
+
+  def draw_again(pipeline, record):
+    if 'edit' in record and source:
+      return editing.redraw(pipeline, record, pathlib.Path(source).expanduser())
+    return provenance.redraw(pipeline, record)
+
+  good, found = provenance.verify(path, load if model else None, draw_again)
+  print(found)
+  if not good:
+    raise SystemExit(1)
 
 
 def describe(model) -> str:
@@ -92,7 +133,8 @@ def describe(model) -> str:
   return '\n'.join(lines)
 
 
-def _check_out(out: storage.Path, overwrite: bool):
+def check_out(out: storage.Path, overwrite: bool):
+  """Raises `UserError` for a file, and for a folder that is not empty where nothing is to be replaced."""
   if out.exists() and not out.is_dir():
     raise UserError(f'--out={out} is a file; give a folder.')
   if out.exists() and any(out.iterdir()) and not overwrite:
@@ -151,12 +193,19 @@ def define_flags():
   )
   flags.DEFINE_string('out', 'samples', 'Folder to write.')
   flags.DEFINE_boolean('overwrite', False, 'Replace the pictures in --out.')
+  flags.DEFINE_string(
+    'verify', None, 'Read back how this picture was made; with --model, draw it again and compare.'
+  )
+  flags.DEFINE_string('source', None, 'With --verify of an edit: the image that was edited.')
   flags.DEFINE_boolean('list', False, "Print the model's attributes and classes, and draw nothing.")
 
 
 def main():
   """Runs the command."""
   values = flags.FLAGS
+  if values.verify:
+    verify(pathlib.Path(values.verify).expanduser(), values.model, values.source)
+    return
   if not values.model:
     raise UserError(
       '--model is missing. Example: python -m p2ldm.sample --model=runs/multi_tiny '
@@ -179,7 +228,7 @@ def main():
     guidance={'attributes': values.attributes_scale, 'mask': values.mask_scale},
     sampler=values.sampler,
     eta=values.eta,
-    guidance_interval=_interval(values.guidance_interval),
+    guidance_interval=read_interval(values.guidance_interval),
     batch_size=values.batch_size,
     progress=True,
   )
@@ -187,7 +236,8 @@ def main():
   print(f'{values.num_images} faces in {values.out}; {values.out}/grid.png shows {shown}.')
 
 
-def _interval(texts: list[str] | None) -> tuple[int, int] | None:
+def read_interval(texts: list[str] | None) -> tuple[int, int] | None:
+  """The value of --guidance_interval; raises `UserError` where that is not two numbers."""
   if texts is None:
     return None
   try:

@@ -114,3 +114,26 @@ def test_the_text_makes_room_for_itself():
   assert (pixels[:, left - 8 : left - 1] == 255).all()
   assert (pixels[-4:] == 255).all()
   assert (pixels[60:, : left - 8] < 100).any()  # and there is text
+
+
+def test_panels_stand_under_their_titles():
+  rows = np.random.default_rng(0).integers(0, 200, (2, 3, 64, 64, 3), dtype=np.uint8)
+  made = np.asarray(pictures.panels(list(rows), ['a', 'b', 'c'], ['one\ntwo', '']))
+  left = made.shape[1] - 3 * (128 + 16)
+  for r in range(2):
+    for c in range(3):
+      y, x = 16 + 26 + r * 144, left + c * 144
+      wanted = Image.fromarray(rows[r, c]).resize((128, 128), Image.Resampling.BICUBIC)
+      np.testing.assert_array_equal(made[y : y + 128, x : x + 128], wanted)
+  assert (made[:, :left] != 255).any()  # the text
+  bare = np.asarray(pictures.panels(list(rows), ['a', 'b', 'c']))
+  assert bare.shape[1] == 16 + 3 * 144
+
+
+def test_what_is_outside_of_a_region_is_faded():
+  image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+  region = np.zeros((8, 8), bool)
+  region[:, :4] = True
+  tinted = pictures.tinted(image, region)
+  np.testing.assert_array_equal(tinted[:, :4], image[:, :4])
+  assert (tinted[:, 4:] == tinted[:, 4:, :1]).all() and tinted[:, 4:].min() >= 150

@@ -161,7 +161,7 @@ def test_samplers_are_compiled_once(pipeline, latents):
   for guidance in ({'attributes': 2.0}, {'attributes': 7.0}):
     pipeline.sample_latents('Wearing_Hat', MASK[::-1], 4, steps=3, seed=1, guidance=guidance)
   assert pipeline._compiled == before
-  assert all(run._cache_size() <= 4 for run in pipeline._compiled.values())
+  assert all(run._whole._cache_size() <= 4 for run in pipeline._compiled.values())
 
 
 def test_encode_whitens_and_decode_undoes_it(pipeline, parts):

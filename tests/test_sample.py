@@ -7,7 +7,7 @@ import pytest
 import tiny_model
 from PIL import Image
 
-from p2ldm import sample
+from p2ldm import provenance, sample
 from p2ldm.errors import UserError
 from p2ldm.interop import model_directory
 from p2ldm.pipeline import Pipeline
@@ -92,6 +92,19 @@ def test_the_grid_shows_the_request_beside_the_faces(drawn):
   assert len(places) == 1
 
 
+def test_what_was_drawn_is_verified(drawn, model, capsys):
+  faces = drawn[1] / 'faces'
+  sample.verify(faces / '002.png', model)
+  assert 'bit for bit' in capsys.readouterr().out
+  sample.verify(faces / 'grid.png')
+  assert 'attributes Smiling,-Eyeglasses' in capsys.readouterr().out
+  with pytest.raises(UserError, match='several images'):
+    sample.verify(faces / 'grid.png', model)
+  with pytest.raises(SystemExit, match='1'):
+    sample.verify(drawn[1] / 'mask.png', model)
+  assert 'no record' in capsys.readouterr().out
+
+
 def test_usage_errors_are_one_paragraph_with_status_2(model, tmp_path):
   for flags, message in (
     ([f'--model={tmp_path}/none', f'--out={tmp_path}/out'], 'no model directory'),
@@ -147,11 +160,11 @@ def test_bad_requests_leave_nothing_behind(model, tmp_path, options, message):
 
 
 def test_an_interval_that_is_none():
-  assert sample._interval(None) is None
-  assert sample._interval(['3', '9']) == (3, 9)
+  assert sample.read_interval(None) is None
+  assert sample.read_interval(['3', '9']) == (3, 9)
   for texts in (['3'], ['3', 'x'], ['1', '2', '3']):
     with pytest.raises(UserError, match='LOW,HIGH'):
-      sample._interval(texts)
+      sample.read_interval(texts)
 
 
 class FakePipeline:
@@ -160,14 +173,20 @@ class FakePipeline:
   schema, config = tiny_model.SCHEMA, tiny_model.CONFIG
 
   @classmethod
-  def from_pretrained(cls, model):
+  def from_pretrained(cls, model, mesh=None):
     return cls()
 
   def read_conditions(self, attributes, mask, num_images):
     return np.zeros((num_images, 3), np.int8), np.full((num_images, 16, 16), 255, np.uint8)
 
   def __call__(self, attributes, mask, num_images, **options):
-    return [Image.new('RGB', (16, 16), (i, i, i)) for i in range(num_images)]
+    record = {'generator': 'p2ldm', 'model': {}, 'drawn': {}}
+    return [
+      provenance.GeneratedImage.of(
+        Image.new('RGB', (16, 16), (i, i, i)), {**record, 'request': {'image': i}}
+      )
+      for i in range(num_images)
+    ]
 
 
 @pytest.fixture

@@ -12,9 +12,19 @@ ROOT = pathlib.Path(p2ldm.__file__).parent
 MODULES = sorted(ROOT.rglob('*.py'))
 # Each may import what stands before it, and itself.
 ORDER = ('interruptions', 'errors', 'storage', 'processes', 'sharding', 'data', 'models', 'diffusion',
-         'interop', 'pictures', 'conditions', 'pipeline', 'evaluation', 'reports', 'training',
-         'commands')  # fmt: skip
-COMMANDS = ('main', 'prepare', 'sample', 'evaluate', 'ablate', 'robustness', 'convert')
+         'interop', 'pictures', 'conditions', 'provenance', 'usage', 'pipeline', 'editing',
+         'evaluation', 'edit_inputs', 'synthesis', 'reports', 'training', 'commands')  # fmt: skip
+COMMANDS = (
+  'main',
+  'prepare',
+  'sample',
+  'evaluate',
+  'ablate',
+  'robustness',
+  'convert',
+  'synthesize',
+  'edit',
+)
 TFDS = 'data/prepared.py'  # reads records with NumPy
 TORCH = ('interop/tensor_files.py', 'interop/inception_weights.py')  # both inside of a function
 TENSORFLOW = ('data/input_pipeline.py', 'data/celebamask_hq.py')

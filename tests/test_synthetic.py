@@ -1,3 +1,4 @@
+import dataclasses
 import subprocess
 import sys
 
@@ -5,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from p2ldm.data import synthetic
+from p2ldm.data import face_traits, synthetic
 from p2ldm.data.labels import CELEBAMASK_HQ
 from p2ldm.errors import UserError
 
@@ -258,3 +259,16 @@ def test_workers_need_neither_jax_nor_tensorflow():
     'assert not {"jax", "tensorflow", "flax"} & set(sys.modules), sorted(sys.modules)'
   )
   subprocess.run([sys.executable, '-c', code], check=True)
+
+
+def test_a_face_is_rendered_with_other_traits():
+  traits = face_traits.sample_traits(0, 3)
+  for ours, theirs in zip(
+    synthetic.render_traits(traits, 64), synthetic.render_face(0, 3, 64), strict=True
+  ):
+    np.testing.assert_array_equal(ours, theirs)
+  glasses = dataclasses.replace(traits, glasses='clear')
+  image, mask, attributes = synthetic.render_traits(glasses, 64)
+  assert attributes[CELEBAMASK_HQ.attributes.index('Eyeglasses')] == 1
+  changed = mask != synthetic.render_face(0, 3, 64)[1]
+  assert (mask[changed] == CELEBAMASK_HQ.classes.index('eye_g')).mean() > 0.9

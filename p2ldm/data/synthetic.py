@@ -19,7 +19,7 @@ from PIL import Image
 from p2ldm import interruptions
 from p2ldm.data import face_drawing, face_features, face_hair, face_wear
 from p2ldm.data.face_canvas import Scene
-from p2ldm.data.face_traits import sample_traits, visible_attributes
+from p2ldm.data.face_traits import Traits, sample_traits, visible_attributes
 from p2ldm.data.labels import CELEBAMASK_HQ
 from p2ldm.errors import UserError
 
@@ -61,9 +61,13 @@ def render_face(seed: int, index: int, size: int) -> tuple[np.ndarray, np.ndarra
   Raises:
     UserError: size is too small.
   """
+  return render_traits(sample_traits(seed, index), size)
+
+
+def render_traits(traits: Traits, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """As `render_face`, of a face with these traits."""
   if size < MINIMUM_SIZE:
     raise UserError(f'Synthetic faces need a size of at least {MINIMUM_SIZE} pixels, not {size}.')
-  traits = sample_traits(seed, index)
   scene = Scene(size, traits)
   for draw in LAYERS:
     draw(scene)

@@ -76,7 +76,7 @@ def ddpm(
   Raises:
     UserError: timesteps out of range or order, an unknown prediction.
   """
-  abar, abar_s = _alphas_cumprod(schedule, timesteps, final_alpha_cumprod)
+  abar, abar_s = levels(schedule, timesteps, final_alpha_cumprod)
   beta = 1.0 - abar / abar_s
   coefficients = Coefficients(
     x=np.sqrt(1.0 - beta) * (1.0 - abar_s) / (1.0 - abar),  # eq. 7, the mean
@@ -109,7 +109,7 @@ def ddim(
   """
   if not 0.0 <= eta <= 1.0:
     raise UserError(f'Sampler: eta must be from 0 (deterministic) to 1 (as DDPM), not {eta}.')
-  abar, abar_s = _alphas_cumprod(schedule, timesteps, final_alpha_cumprod)
+  abar, abar_s = levels(schedule, timesteps, final_alpha_cumprod)
   sigma = eta * np.sqrt((1.0 - abar_s) / (1.0 - abar) * (1.0 - abar / abar_s))  # eq. 16
   # Of epsilon = (x_t - sqrt(abar) x0) / sqrt(1 - abar) in eq. 12.
   direction = np.sqrt(1.0 - abar_s - sigma**2) / np.sqrt(1.0 - abar)
@@ -143,7 +143,7 @@ def dpmpp_2m(
     lower_order_final: the last step is of order one, too. Going to abar = 1 it always is, since the
       second order has no limit there.
   """
-  abar, abar_s = _alphas_cumprod(schedule, timesteps, final_alpha_cumprod)
+  abar, abar_s = levels(schedule, timesteps, final_alpha_cumprod)
   with np.errstate(divide='ignore'):  # lambda is infinite at abar = 1
     h = 0.5 * (np.log(abar_s / (1.0 - abar_s)) - np.log(abar / (1.0 - abar)))
   extrapolation = np.zeros_like(abar)  # 1 / (2 r), r = h of the step before / h
@@ -193,7 +193,7 @@ def sample(
   )
 
 
-def _alphas_cumprod(schedule, timesteps, final_alpha_cumprod):
+def levels(schedule: Schedule, timesteps, final_alpha_cumprod: float):
   """abar (S,) where each step starts and abar (S,) where it goes, float64."""
   timesteps = np.asarray(timesteps)
   if (
