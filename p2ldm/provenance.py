@@ -239,6 +239,9 @@ def request_of(pipeline, record: Mapping) -> dict:
   try:
     request = record['request']
     interval, variation = request['guidance_interval'], request.get('variation')
+    if interval is not None:
+      low, high = map(int, interval)
+      interval = (low, high)
     return {
       'attributes': {name: int(value) for name, value in request['attributes'].items()},
       'mask': mask,
@@ -247,7 +250,7 @@ def request_of(pipeline, record: Mapping) -> dict:
       'steps': int(request['steps']),
       'eta': float(request['eta']),
       'guidance': dict(request['guidance']),
-      'guidance_interval': None if interval is None else tuple(map(int, interval)),
+      'guidance_interval': interval,
       'variation': variation and conditions.read_variation(variation),
     }
   except UserError:

@@ -13,7 +13,7 @@ MODULES = sorted(ROOT.rglob('*.py'))
 # Each may import what stands before it, and itself.
 ORDER = ('interruptions', 'errors', 'storage', 'processes', 'sharding', 'data', 'models', 'diffusion',
          'interop', 'pictures', 'conditions', 'provenance', 'usage', 'pipeline', 'evaluation',
-         'synthesis', 'reports', 'training', 'commands')  # fmt: skip
+         'synthesis', 'reports', 'training', 'web', 'commands')  # fmt: skip
 COMMANDS = (
   'main',
   'prepare',
@@ -22,6 +22,7 @@ COMMANDS = (
   'ablate',
   'robustness',
   'convert',
+  'demo',
   'synthesize',
 )
 TFDS = 'data/prepared.py'  # reads records with NumPy

@@ -5,6 +5,7 @@ is not there, a body over the limit is not read, and what Gradio cannot make sen
 and a sentence in place of 500.
 """
 
+import contextlib
 import json
 import re
 
@@ -15,15 +16,22 @@ _GET = re.compile(
   r'|/favicon\.ico|/robots\.txt|/manifest\.json|/gradio_api/(?:queue/(?:data|status)|heartbeat/\w{1,64})'
 )
 _POST = re.compile(r'/gradio_api/(?:queue/join|component_server|cancel|reset)/?')
-_BAD = 'This request is none that the page makes. Open the page in a browser, or see the field that is named.'
+_SESSION = re.compile(r'\w{1,64}')
+_BAD = 'This is no request that the page makes. Open the page in a browser.'
 
 
 class Guard:
   """ASGI middleware; see the module's docstring."""
 
-  def __init__(self, app, body_bytes: int):
-    """Takes the app behind it and the bytes that one request may have."""
-    self._app, self._body_bytes = app, body_bytes
+  def __init__(self, app, body_bytes: int, events: dict[int, int]):
+    """Takes what is behind it.
+
+    Args:
+      app: that answers.
+      body_bytes: one request may have so many.
+      events: {number of an event that Python answers: how many values it takes}.
+    """
+    self._app, self._body_bytes, self._events = app, body_bytes, events
 
   async def __call__(self, scope, receive, send):
     """Answers one request."""
@@ -39,7 +47,8 @@ class Guard:
     if body is None:
       await _answer(send, 413, f'A request may have up to {self._body_bytes} bytes.')
       return
-    fault = _fault(body) if scope['method'] == 'POST' else ''
+    joins = 'queue/join' in scope['path']
+    fault = _fault(body, self._events if joins else None) if scope['method'] == 'POST' else ''
     if fault:
       await _answer(send, 400, fault)
       return
@@ -73,19 +82,21 @@ class Guard:
     try:
       await self._app(scope, receive, watched)
     except Exception as error:
-      if begun:
-        raise
       if not isinstance(error, _Failed):
         logging.warning('%s %s: %r', scope['method'], scope['path'], error)
-      await _answer(send, 400, _BAD)
+      if begun:
+        with contextlib.suppress(Exception):  # it may have ended, and the client may have gone
+          await send({'type': 'http.response.body', 'body': b''})
+      else:
+        await _answer(send, 400, _BAD)
 
 
 class _Failed(Exception):
   """The app answered 500."""
 
 
-def _fault(body: bytes) -> str:
-  """What is wrong with the form of a request that is posted, '' if nothing is."""
+def _fault(body: bytes, events: dict[int, int] | None) -> str:
+  """What is wrong with the form of a request, '' if nothing is; `events` of one that joins the queue."""
   try:
     values = json.loads(body)
   except (ValueError, RecursionError):
@@ -93,14 +104,18 @@ def _fault(body: bytes) -> str:
   if not isinstance(values, dict):
     return 'The body is no JSON object.'
   session, index, data = (values.get(key) for key in ('session_hash', 'fn_index', 'data'))
-  if session is not None and not (isinstance(session, str) and re.fullmatch(r'\w{1,64}', session)):
+  if session is not None and not (isinstance(session, str) and _SESSION.fullmatch(session)):
     return 'session_hash: up to 64 letters and digits.'
-  if index is not None and (type(index) is not int or not 0 <= index < 10000):
-    return 'fn_index: the number of an event of the page.'
-  if 'event_id' in values and not isinstance(values['event_id'], str | None):
+  if not isinstance(values.get('event_id'), str | None):
     return 'event_id: a text.'
-  if data is not None and not isinstance(data, list | str | dict):
-    return 'data: a list of what the event takes.'
+  if events is None:
+    return '' if isinstance(data, str | None) else 'data: a text.'
+  if type(index) is not int or index not in events:
+    return f'fn_index: one of {", ".join(map(str, events))}.'
+  if session is None:
+    return 'session_hash: is missing.'
+  if not isinstance(data, list) or len(data) != events[index]:
+    return f'data: a list of {events[index]} values.'
   return ''
 
 

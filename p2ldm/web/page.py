@@ -106,7 +106,12 @@ def launch(page: gr.Blocks, drawer: Studio, host: str, port: int | None) -> str:
   Raises:
     UserError: one cannot listen there.
   """
-  middleware = [Middleware(guard.Guard, body_bytes=drawer.limits.body_bytes)]
+  events = page.config['dependencies']
+  middleware = Middleware(
+    guard.Guard,
+    body_bytes=drawer.limits.body_bytes,
+    events={event['id']: len(event['inputs']) for event in events if event['backend_fn']},
+  )
   try:
     _, local, _ = page.launch(
       server_name=host,
@@ -119,7 +124,7 @@ def launch(page: gr.Blocks, drawer: Studio, host: str, port: int | None) -> str:
       run_history=False,
       enable_monitoring=False,
       footer_links=[],
-      app_kwargs={'middleware': middleware, 'docs_url': None, 'redoc_url': None},
+      app_kwargs={'middleware': [middleware], 'docs_url': None, 'redoc_url': None},
       theme=_theme(),
       css_paths=[_STATIC / 'page.css'],
       state_session_capacity=1000,
@@ -218,8 +223,10 @@ def _settings(drawer: Studio, takes) -> list:
   most = min(drawer.limits.steps, drawer.pipeline.schedule.num_timesteps)
   gr.HTML('<h2>Settings</h2>', apply_default_css=False)
   with gr.Row(elem_classes='p2-seed'):
-    seed = gr.Number(0, label='Seed', precision=0, minimum=0, maximum=2**32 - 1, min_width=100)
-    another = gr.Button('Another', size='sm', min_width=90)
+    seed = gr.Number(
+      0, label='Seed', precision=0, minimum=0, maximum=2**32 - 1, min_width=100, elem_id='p2-seed'
+    )
+    another = gr.Button('Another', size='sm', min_width=90, elem_id='p2-another-seed')
   another.click(fn=None, js=_ANOTHER_SEED, outputs=[seed], api_visibility='private')
   steps = gr.Slider(
     1, most, min(_STEPS, most), step=1, label='Steps', info='More is slower and finer.', buttons=[]

@@ -21,6 +21,7 @@ from p2ldm.web.asked import Limits
 
 VARIATION = 0.3  # how far a variation is from what it varies, of 1
 _EXAMPLES_SEED = 7
+_BATCH = 8  # faces at a time
 _OFTEN = 0.1  # seconds between two reports
 
 
@@ -97,8 +98,8 @@ class Studio:
 
   def _draw(self, event: str, request: dict) -> Iterator[dict]:
     self._note(event, request)
-    # Of one batch, so that nothing is filled up in vain.
-    options = {**request, 'batch_size': request['num_images']}
+    # As few at a time as are wanted, so that none is drawn in vain.
+    options = {**request, 'batch_size': min(request['num_images'], _BATCH)}
     start = time.monotonic()
     yield {'state': 'starting'}
     for state, value in self._reported(lambda report: self.pipeline(**options, progress=report)):
