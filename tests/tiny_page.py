@@ -16,9 +16,11 @@ _sessions = itertools.count()
 
 
 @contextlib.contextmanager
-def served(folder, **options):
-  """Yields a `Client` of the page of a model that is saved in `folder`."""
-  model_directory.save(folder / 'tiny' / 'model', tiny_model.make_parts())
+def served(folder, flip_pairs=(), **options):
+  """Yields a `Client` of the page of a model that is saved in `folder`; options as of `demo.load`."""
+  parts = tiny_model.make_parts()
+  parts.config['schema']['flip_pairs'] = [*flip_pairs]
+  model_directory.save(folder / 'tiny' / 'model', parts)
   log = usage.UsageLog(folder / 'usage.jsonl')
   page, drawer = demo.load(folder / 'tiny', log, **options)
   address = launch(page, drawer, '127.0.0.1', None)

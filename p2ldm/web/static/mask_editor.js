@@ -306,7 +306,7 @@ props.examples.forEach((text, i) => {
   Object.assign(button, { type: 'button', className: 'p2-example', title: `Example face ${i + 1}` });
   button.setAttribute('aria-label', `Example face ${i + 1}`);
   button.append(thumbnail(mask));
-  button.addEventListener('click', () => replace(mask.slice(), `Example face ${i + 1} is loaded.`));
+  button.addEventListener('click', () => replace(mask.slice(), `Example ${i + 1} loaded.`));
   find('examples').append(button);
 });
 find('examples').hidden = !props.examples.length;
@@ -343,8 +343,8 @@ function dataUrl(file) {
   });
 }
 
-opens('open-mask', 'mask-file', (url) => server.read_mask(url), 'The mask is loaded.');
-opens('open-photo', 'photo-file', (url) => server.read_photo(url), 'The mask is that of the photograph.');
+opens('open-mask', 'mask-file', (url) => server.read_mask(url), 'Mask loaded.');
+opens('open-photo', 'photo-file', (url) => server.read_photo(url), 'Mask of the photograph.');
 find('open-photo').hidden = !props.photos;
 find('save').addEventListener('click', () => {
   const link = document.createElement('a');
