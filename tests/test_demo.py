@@ -119,6 +119,12 @@ def test_a_face_is_varied_and_so_is_the_variation(client, drawn, tmp_path):
   assert (pixels(varied[0]) != pixels(varied[1])).any()
 
 
+def test_a_variation_keeps_to_the_limits_too(client, drawn):
+  drawer = Studio(client.drawer.pipeline, Limits(steps=1), usage.UsageLog(None))
+  with pytest.raises(UserError, match='steps: a whole number from 1 to 1, not 2'):
+    drawer.vary(faces_of(drawn)[0]['url'], 1)
+
+
 def bad_numbers(low, high):
   return [
     None, 'seven', True, {}, low - 1, high + 1, low + 0.5, -(10**30), [low],
@@ -281,6 +287,8 @@ def refused_by_function(client, function, data) -> str:
   response = client.call(function, data)
   if response.status_code == 200 and response.json().get('error'):
     return ''
+  if isinstance(data, str) and response.status_code != 413:  # a picture: it is told what is wrong
+    return f'{function} {data[:80]}: {response.status_code} {response.text}'
   return refused_by_answer_of(response) if response.status_code != 200 else f'{function} {data}'
 
 
