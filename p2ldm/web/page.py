@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import gradio as gr
 from absl import logging
+from gradio.exceptions import ServerFailedToStartError
 from starlette.middleware import Middleware
 
 from p2ldm import conditions
@@ -129,7 +130,7 @@ def launch(page: gr.Blocks, drawer: Studio, host: str, port: int | None) -> str:
       css_paths=[_STATIC / 'page.css'],
       state_session_capacity=1000,
     )
-  except OSError as error:
+  except (OSError, ServerFailedToStartError) as error:
     raise UserError(
       f'--host={host}, --port={port or "7860 to 7959"}: the page cannot be served there ({error}). Give '
       'another --port.'
