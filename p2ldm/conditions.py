@@ -122,6 +122,51 @@ def read_guidance(value) -> dict[str, float]:
   return scales
 
 
+def read_variation(value: Mapping) -> dict:
+  """What a variation is of: {'of': [[seed, image, weight], ...], 'strength': s}.
+
+  Args:
+    value: the same; weights are finite, one image at least and 64 at most, s from 0 to 1.
+
+  Raises:
+    UserError: it is not of that form.
+  """
+  try:
+    of = [[int(seed), int(image), float(weight)] for seed, image, weight in value['of']]
+    strength = float(value['strength'])
+  except (KeyError, TypeError, ValueError, OverflowError) as error:
+    raise UserError(
+      "variation: it is {'of': [(seed, image, weight), ...], 'strength': 0.3}, the image that is varied "
+      f'and how much, and this is {str(value)[:100]}.'
+    ) from error
+  if not 0 < len(of) <= 64 or not 0 <= strength <= 1:
+    raise UserError(
+      f'variation: of {len(of)} images with strength {strength}; 1 to 64, and 0 (the same) to 1 (another).'
+    )
+  for seed, image, weight in of:
+    if not (0 <= seed < 2**32 and 0 <= image < 2**31 and math.isfinite(weight)):
+      raise UserError(
+        f'variation: of seed {seed}, image {image} with weight {weight}; seeds run from 0 to {2**32 - 1}, '
+        f'images from 0 to {2**31 - 1}, and weights are finite.'
+      )
+  return {'of': of, 'strength': strength}
+
+
+def vary(request: Mapping, strength: float) -> dict:
+  """The `variation` that is of the image with this request, itself a variation or not.
+
+  Args:
+    request: seed, image and, of a variation, variation, as in an image's record.
+    strength: how far from it, 0 to 1.
+  """
+  seed, image, variation = request['seed'], request['image'], request.get('variation')
+  if variation is None:
+    return {'of': [[seed, image, 1.0]], 'strength': strength}
+  angle = variation['strength'] * math.pi / 2
+  of = [[*noise, weight * math.cos(angle)] for *noise, weight in variation['of']]
+  return {'of': [*of, [seed, image, math.sin(angle)]], 'strength': strength}
+
+
 def _open(path: pathlib.Path) -> Image.Image:
   try:
     with Image.open(path) as image:

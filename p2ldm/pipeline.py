@@ -11,7 +11,7 @@ batch size differently).
 import contextlib
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -138,8 +138,8 @@ class Pipeline:
     return faces
 
   def _record(self, row: int, batch, attributes, mask, *, seed=0, first_image=0, steps=50,
-              guidance=None, sampler='ddim', eta=0.0, guidance_interval=None, batch_size=None,
-              progress=False) -> dict:  # fmt: skip
+              guidance=None, sampler='ddim', eta=0.0, guidance_interval=None, variation=None,
+              batch_size=None, progress=False) -> dict:  # fmt: skip
     """The record of the image that is in this row of a batch, of options as of `sample_latents`."""
     given = {'attributes': attributes.any(), 'mask': (mask != UNSPECIFIED).any()}
     return provenance.record(
@@ -152,6 +152,7 @@ class Pipeline:
         'eta': float(eta),
         'guidance': conditions.read_guidance(guidance),
         'guidance_interval': None if guidance_interval is None else [*map(int, guidance_interval)],
+        **({} if variation is None else {'variation': conditions.read_variation(variation)}),
       },
       attributes[batch[row]],
       mask[batch[row]],
@@ -176,8 +177,9 @@ class Pipeline:
     sampler: str = 'ddim',
     eta: float = 0.0,
     guidance_interval: tuple[int, int] | None = None,
+    variation: Mapping | None = None,
     batch_size: int | None = None,
-    progress: bool = False,
+    progress: bool | Callable[[int, int], None] = False,
   ) -> np.ndarray:
     """Draws whitened latents (N, h, w, C) float32; what is not asked for is unspecified.
 
@@ -195,8 +197,11 @@ class Pipeline:
       sampler: 'ddpm', 'ddim' or 'dpmpp_2m'.
       eta: noise of DDIM, 0 (none) to 1 (as DDPM).
       guidance_interval: (low, high) timesteps, both included, outside which guidance is off.
+      variation: {'of': [(seed, image, weight), ...], 'strength': 0.3} draws variations of another image:
+        its noise, the sum of these images' with their weights (of one image: weight 1), turned towards
+        the noise of (seed, i). Strength 0 is the other image, 1 has nothing of it.
       batch_size: images drawn at a time, 8 by default; more takes more memory.
-      progress: shows a progress bar.
+      progress: shows a progress bar, or is called with the steps that are done and their number.
 
     Raises:
       UserError: any of these is out of range, or a condition that this model does not take.
@@ -219,13 +224,15 @@ class Pipeline:
     )
     options = {'sampler': sampler, 'steps': steps, 'eta': eta}
     interval = None if guidance_interval is None else tuple(map(int, guidance_interval))
-    run = self._sampler(branches, interval, options, progress)
+    start = () if variation is None else self._start(conditions.read_variation(variation))
+    run = self._sampler(branches, interval, options, bool(progress), bool(start))
     weights = np.array([branch.weight for branch in branches], np.float32)
     calls = [
       (
         (
           self._params,
           weights,
+          *start,
           samplers.image_keys(seed, first_image + rows),
           attributes[rows],
           mask[rows],
@@ -239,6 +246,15 @@ class Pipeline:
     with self.ticking(ticks, 'sampling', progress):
       latents = [*_fetched((run(*arguments), count) for arguments, count in calls)]
     return np.concatenate(latents)
+
+  def _start(self, variation: Mapping) -> tuple[np.ndarray, np.ndarray]:
+    """What noise is turned towards: the other image's (h, w, C), scaled, and the scale of the own."""
+    angle = variation['strength'] * np.pi / 2
+    noise = np.zeros(self.latent_shape)
+    for seed, image, weight in variation['of']:
+      keys = samplers.image_keys(seed, np.array([image]))
+      noise += weight * np.asarray(samplers.initial_noise(keys, self.latent_shape)[0], np.float64)
+    return np.float32(np.cos(angle) * noise), np.float32(np.sin(angle))
 
   def encode(self, images) -> jax.Array:
     """Images to whitened latents, taken before quantisation.
@@ -358,22 +374,35 @@ class Pipeline:
       {'params': params['denoiser']}, latents, timesteps, attributes, mask
     )
 
-  def _sampler(self, branches, interval, options: dict, progress: bool) -> Callable:
-    """The jitted sampler with these static options, compiled once for each batch size."""
+  def _sampler(self, branches, interval, options: dict, ticks: bool, varied: bool) -> Callable:
+    """The jitted sampler with these static options, compiled once for each batch size.
+
+    Its arguments: params, weights (branches,), of variations what `_start` gives, and by rows keys,
+    attributes and mask.
+    """
     seen = tuple((branch.attributes, branch.mask) for branch in branches)
 
-    def run(params, weights, keys, attributes, mask):
+    def draw(params, weights, noise, keys, attributes, mask):
       conditions = cfg.branch_conditions(branches, attributes, mask)
       return samplers.sample(
-        self.denoise_fn(params, *conditions, weights, interval, progress),
-        samplers.initial_noise(keys, self.latent_shape),
+        self.denoise_fn(params, *conditions, weights, interval, ticks),
+        noise,
         keys,
         self.schedule,
         prediction=self.config['diffusion']['prediction'],
         **options,
       )
 
-    return self.program(('sample', seen, interval, tuple(options.items()), progress), run, 3)
+    def run(params, weights, keys, attributes, mask):
+      noise = samplers.initial_noise(keys, self.latent_shape)
+      return draw(params, weights, noise, keys, attributes, mask)
+
+    def vary(params, weights, other, share, keys, attributes, mask):
+      noise = other + share * samplers.initial_noise(keys, self.latent_shape)
+      return draw(params, weights, noise, keys, attributes, mask)
+
+    key = ('sample', seen, interval, tuple(options.items()), ticks, varied)
+    return self.program(key, vary if varied else run, 3)
 
   def program(self, key: tuple, function: Callable, batched: int) -> Callable:
     """`function` jitted, and kept, so that it is compiled once for each batch size.
@@ -425,10 +454,10 @@ class Pipeline:
     return counted
 
   @contextlib.contextmanager
-  def ticking(self, total: int, what: str, shown: bool):
-    """A progress bar for what runs in the block: `total` evaluations by functions of `denoise_fn`."""
-    with tqdm(total=total, unit='step', desc=what, disable=not shown) as bar:
-      self._tick = bar.update
+  def ticking(self, total: int, what: str, progress: bool | Callable[[int, int], None]):
+    """Progress, as of `sample_latents`, of what runs in the block: `total` evaluations by `denoise_fn`."""
+    with tqdm(total=total, unit='step', desc=what, disable=progress is not True) as bar:
+      self._tick = _counter(progress, total) if callable(progress) else bar.update
       yield
       jax.effects_barrier()
 
@@ -466,6 +495,12 @@ def _fetched(results):
   """Yields the first rows of each (array, count) as NumPy, once the next is under way on the device."""
   for (array, count), _ in itertools.pairwise(itertools.chain(results, [None])):
     yield np.asarray(array)[:count]
+
+
+def _counter(report: Callable[[int, int], None], total: int) -> Callable[[], None]:
+  """Calls `report` with 1, 2, ... of `total`, one more each time that it is called."""
+  steps = itertools.count(1)
+  return lambda: report(next(steps), total)
 
 
 def _batches(rows: np.ndarray, batch_size: int | None):

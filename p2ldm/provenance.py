@@ -8,7 +8,7 @@ made it. Other formats carry the XMP packet alone. The record:
   model           name, and SHA-256 of its weights
   request         seed, image, sampler, steps, eta, guidance, guidance_interval, attributes (those that were
                   specified); mask_sha256 of the class ids and mask_png, they themselves, base64: both null
-                  without a mask
+                  without a mask; of a variation alone: variation, as of `Pipeline.sample_latents`
   drawn           batch_size, row, conditions that the batch had, devices that shared it, dtype, backend,
                   jax: with the request, all that the bits depend on
   edit            of an edit alone: source (SHA-256 of the file and of its pixels, its size, whether it is a
@@ -34,9 +34,10 @@ from xml.sax import saxutils
 
 import jax
 import numpy as np
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
 
 import p2ldm
+from p2ldm import conditions
 from p2ldm.data.labels import UNSPECIFIED
 from p2ldm.errors import UserError
 
@@ -63,6 +64,7 @@ _XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
  </rdf:RDF>
 </x:xmpmeta>
 <?xpacket end="r"?>"""
+_NO_MASK = (KeyError, TypeError, ValueError, OSError, SyntaxError, Image.DecompressionBombError)
 _IN_XMP = re.compile(r'p2ldm:record=("[^"]*"|\'[^\']*\')')
 
 
@@ -156,21 +158,26 @@ def grid_record(records: Sequence[Mapping]) -> dict:
   }
 
 
-def read(path) -> dict | None:
+def read(path, name: str = '') -> dict | None:
   """The record in an image file, None if there is none.
+
+  Args:
+    path: of the file, or the file, open for reading.
+    name: what messages call it, where that is not the path.
 
   Raises:
     UserError: there is no such file, it is no image, or its record cannot be read.
   """
+  name = name or path
   try:
     with Image.open(path) as image:
       image.load()
       texts = getattr(image, 'text', {})
       packet = image.info.get('xmp') or texts.get(_XMP_KEY)
   except FileNotFoundError as error:
-    raise UserError(f'There is no file {path}.') from error
-  except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
-    raise UserError(f'{path} is no image that can be read: {error}.') from error
+    raise UserError(f'There is no file {name}.') from error
+  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    raise UserError(f'{name} is no image that can be read: {error}.') from error
   text = texts.get(_KEY)
   if text is None and packet:
     packet = packet.decode('utf-8', 'replace') if isinstance(packet, bytes) else packet
@@ -188,7 +195,7 @@ def read(path) -> dict | None:
     if not isinstance(found.get('edit', {}), Mapping):
       raise TypeError('"edit" is of another kind')
   except (ValueError, KeyError, TypeError, RecursionError) as error:
-    raise UserError(f'The record in {path} is damaged: {error!r}.') from error
+    raise UserError(f'The record in {name} is damaged: {error!r}.') from error
   return found
 
 
@@ -253,7 +260,7 @@ def mask_of(fields: Mapping, name: str = 'mask') -> np.ndarray | None:
   try:
     with Image.open(io.BytesIO(base64.b64decode(fields[f'{name}_png'], validate=True))) as image:
       mask = np.asarray(image.convert('L'))
-  except (KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
+  except _NO_MASK as error:
     raise UserError(f'The {name} in the record is damaged: {error!r}.') from error
   if mask_sha256(mask) != fields[f'{name}_sha256']:
     raise UserError(f'The {name} in the record is not the one that its hash says.')
@@ -272,16 +279,19 @@ def check_model(pipeline, record: Mapping):
     raise UserError('This picture shows several images; verify one of them.')
 
 
-def redraw(pipeline, record: Mapping) -> Image.Image:
-  """Draws the image of a record again, in a batch of the same size and at the same place in it.
+def request_of(pipeline, record: Mapping) -> dict:
+  """What a record asks for, as keyword arguments of `pipeline`: but for its place in a batch.
 
   Args:
-    pipeline: on one device.
-    record: of the image.
+    pipeline: that is to draw it, with the same weights.
+    record: of an image.
+
+  Returns:
+    attributes {name: value}, mask (S, S) uint8 or None, seed, sampler, steps, eta, guidance,
+    guidance_interval and variation.
 
   Raises:
-    UserError: the model has other weights, the record asks for what it cannot draw, or is that of an edit
-      (`editing.redraw`).
+    UserError: the model has other weights, the record is of several images or of an edit, or it is damaged.
   """
   if 'edit' in record:
     source = record['edit'].get('source')
@@ -293,26 +303,49 @@ def redraw(pipeline, record: Mapping) -> Image.Image:
   check_model(pipeline, record)
   mask = mask_of(record['request'])
   try:
-    request, drawn = dict(record['request']), record['drawn']
-    size, row, image = int(drawn['batch_size']), int(drawn['row']), int(request['image'])
-    devices = int(drawn['devices'])
-    if not (0 <= row < size <= 4096 and 0 < devices <= size and size % devices == 0):
-      raise ValueError(f'row {row} of {size} on {devices} devices')
-    size //= devices  # each had a program for its own part
-    row %= size
-    options = {
+    request = record['request']
+    interval, variation = request['guidance_interval'], request.get('variation')
+    if interval is not None:
+      low, high = map(int, interval)
+      interval = (low, high)
+    return {
+      'attributes': {name: int(value) for name, value in request['attributes'].items()},
+      'mask': mask,
       'seed': int(request['seed']),
       'sampler': str(request['sampler']),
       'steps': int(request['steps']),
       'eta': float(request['eta']),
       'guidance': dict(request['guidance']),
+      'guidance_interval': interval,
+      'variation': variation and conditions.read_variation(variation),
     }
-    interval = request['guidance_interval']
-    if interval is not None:
-      options['guidance_interval'] = tuple(map(int, interval))
-    attributes, masks = pipeline.read_conditions(
-      {name: int(value) for name, value in request['attributes'].items()}, mask, size
-    )
+  except UserError:
+    raise
+  except (KeyError, TypeError, ValueError, AttributeError) as error:
+    raise UserError(f'The record is damaged: {error!r}.') from error
+
+
+def redraw(pipeline, record: Mapping) -> Image.Image:
+  """Draws the image of a record again, in a batch of the same size and at the same place in it.
+
+  Args:
+    pipeline: on one device.
+    record: of the image.
+
+  Raises:
+    UserError: the model has other weights, the record asks for what it cannot draw, or is that of an edit
+      (`editing.redraw`).
+  """
+  options, drawn = request_of(pipeline, record), record['drawn']
+  given = (options.pop('attributes'), options.pop('mask'))
+  try:
+    size, row, image = int(drawn['batch_size']), int(drawn['row']), int(record['request']['image'])
+    devices = int(drawn['devices'])
+    if not (0 <= row < size <= 4096 and 0 < devices <= size and size % devices == 0):
+      raise ValueError(f'row {row} of {size} on {devices} devices')
+    size //= devices  # each had a program for its own part
+    row %= size
+    attributes, masks = pipeline.read_conditions(*given, size)
     attributes, masks = attributes.copy(), masks.copy()
     other = (row + 1) % size  # another image of the batch may have had what this one had not
     for name, array, some in (('attributes', attributes, 1), ('mask', masks, 0)):
@@ -384,6 +417,7 @@ def _summary(path, record: Mapping) -> str:
   attributes = ','.join(f'{"-" * (value < 0)}{name}' for name, value in named.items())
   parts = [f'seed {request.get("seed")}']
   parts += [f'image {request["image"]}'] if 'image' in request else []
+  parts += ['a variation of another'] if request.get('variation') else []
   parts += [f'{request.get("sampler")} in {request.get("steps")} steps']
   parts += [f'attributes {attributes}'] if attributes else []
   parts += ['with a mask'] if request.get('mask_sha256') else []

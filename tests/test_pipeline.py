@@ -8,6 +8,7 @@ import tiny_model
 from PIL import Image
 
 import p2ldm
+from p2ldm import conditions
 from p2ldm.errors import UserError
 from p2ldm.interop import model_directory
 from p2ldm.interop.weights import make_module
@@ -253,3 +254,58 @@ def test_an_autoencoder_alone_draws_nothing(parts):
   config = {**parts.config, 'denoiser': None}
   with pytest.raises(UserError, match='autoencoder alone'):
     Pipeline(dataclasses.replace(parts, config=config, denoiser=None))
+
+
+def test_a_variation_lies_between_the_other_image_and_its_own(pipeline):
+  other = pipeline.sample_latents(**REQUEST, num_images=2, seed=5)[1]
+  own = pipeline.sample_latents(**REQUEST, num_images=2, seed=9)
+  ends = [
+    pipeline.sample_latents(
+      **REQUEST, num_images=2, seed=9, variation={'of': [(5, 1, 1.0)], 'strength': strength}
+    )
+    for strength in (0.0, 0.2, 1.0)
+  ]
+  np.testing.assert_allclose(ends[0], np.stack([other, other]), **ROUNDING)
+  np.testing.assert_allclose(ends[2], own, **ROUNDING)
+  between = np.abs(ends[1] - other).mean((1, 2, 3))
+  assert (between > 0.01).all()
+  assert (between < np.abs(own - other).mean((1, 2, 3))).all()
+
+
+def test_the_noise_of_a_variation_is_standard_normal_however_long_its_history(pipeline):
+  request = {'seed': 1, 'image': 0}
+  for seed in range(2, 6):
+    request = {'seed': seed, 'image': 3, 'variation': conditions.vary(request, 0.3)}
+  variation = conditions.vary(request, 0.4)
+  assert [noise[:2] for noise in variation['of']] == [[1, 0], [2, 3], [3, 3], [4, 3], [5, 3]]
+  assert sum(weight**2 for *_, weight in variation['of']) == pytest.approx(1.0)
+  noise, share = pipeline._start(variation)
+  assert share == pytest.approx(np.sin(0.2 * np.pi))
+  assert noise.shape == (8, 8, 3)
+  assert np.square(noise).mean() == pytest.approx(np.cos(0.2 * np.pi) ** 2, rel=0.3)
+
+
+@pytest.mark.parametrize(
+  'variation',
+  [
+    {},
+    {'of': [], 'strength': 0.5},
+    {'of': [(1, 0, 1.0)], 'strength': 1.5},
+    {'of': [(1, 0)], 'strength': 0.5},
+    {'of': [(-1, 0, 1.0)], 'strength': 0.5},
+    {'of': [(1, 0, float('nan'))], 'strength': 0.5},
+    {'of': [(0, 0, 1.0)] * 65, 'strength': 0.5},
+  ],
+)
+def test_variations_of_nothing(pipeline, variation):
+  with pytest.raises(UserError, match='variation'):
+    pipeline.sample_latents(variation=variation, steps=3)
+
+
+def test_progress_is_told_step_by_step(pipeline, capsys):
+  told = []
+  pipeline.sample_latents(
+    num_images=3, steps=4, batch_size=2, progress=lambda done, total: told.append((done, total))
+  )
+  assert told == [(done, 8) for done in range(1, 9)]
+  assert 'sampling' not in capsys.readouterr().err

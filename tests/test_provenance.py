@@ -10,7 +10,7 @@ import tiny_model
 from PIL import Image
 
 import p2ldm
-from p2ldm import provenance, sharding
+from p2ldm import conditions, provenance, sharding
 from p2ldm.errors import UserError
 from p2ldm.interop import model_directory
 from p2ldm.pipeline import Pipeline
@@ -198,3 +198,28 @@ def test_a_false_record_is_found_out(pipeline, faces, tmp_path):
   assert good  # the pixels are those that were drawn ...
   good, text = provenance.verify(path, lambda: pipeline)
   assert not good and 'it differs' in text  # ... but not from this seed
+
+
+def test_a_variation_is_drawn_again_too(pipeline, faces, tmp_path):
+  request = faces[1].record['request']
+  first = pipeline('Smiling', MASK, 2, variation=conditions.vary(request, 0.3), **OPTIONS)[1]
+  again = pipeline(
+    'Smiling', MASK, 2, variation=conditions.vary(first.record['request'], 0.2), **OPTIONS
+  )[0]
+  for i, face in enumerate((first, again)):
+    face.save(tmp_path / f'{i}.png')
+    good, found = provenance.verify(tmp_path / f'{i}.png', lambda: pipeline)
+    assert good, found
+    assert 'a variation of another' in found
+  assert [noise[:2] for noise in again.record['request']['variation']['of']] == [[3, 8], [3, 1]]
+  plain = pipeline('Smiling', MASK, 2, **OPTIONS)[1]
+  assert (np.asarray(plain) != np.asarray(first)).any()
+
+
+def test_a_record_of_an_impossible_variation(pipeline, faces, tmp_path):
+  faces[0].save(tmp_path / 'face.png')
+  path = edited(
+    tmp_path / 'face.png', lambda record: record['request'].update(variation='all'), tmp_path
+  )
+  with pytest.raises(UserError, match='variation'):
+    provenance.redraw(pipeline, provenance.read(path))

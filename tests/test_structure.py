@@ -13,7 +13,7 @@ MODULES = sorted(ROOT.rglob('*.py'))
 # Each may import what stands before it, and itself.
 ORDER = ('interruptions', 'errors', 'storage', 'processes', 'sharding', 'data', 'models', 'diffusion',
          'interop', 'pictures', 'conditions', 'provenance', 'usage', 'pipeline', 'editing',
-         'evaluation', 'edit_inputs', 'synthesis', 'reports', 'training', 'commands')  # fmt: skip
+         'evaluation', 'edit_inputs', 'synthesis', 'reports', 'training', 'web', 'commands')  # fmt: skip
 COMMANDS = (
   'main',
   'prepare',
@@ -22,6 +22,7 @@ COMMANDS = (
   'ablate',
   'robustness',
   'convert',
+  'demo',
   'synthesize',
   'edit',
 )

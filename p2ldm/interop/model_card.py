@@ -138,3 +138,16 @@ def _cell(value) -> str:
   else:
     text = f'{value:.4g}' if isinstance(value, float) else json.dumps(value)
   return text.replace('|', '\\|').replace('\n', ' ')
+
+
+def section(path, title: str) -> str:
+  """The text below '## TITLE' of a model card, Markdown; '' if there is no card or no such section."""
+  try:
+    lines = path.read_text().splitlines()
+  except (OSError, ValueError):
+    return ''
+  if f'## {title}' not in lines:
+    return ''
+  rest = lines[lines.index(f'## {title}') + 1 :]
+  ends = (i for i, line in enumerate(rest) if line.startswith(('# ', '## ')))
+  return '\n'.join(rest[: next(ends, len(rest))]).strip()

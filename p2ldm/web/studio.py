@@ -1,0 +1,185 @@
+"""Draws what the page asks for: one request at a time, telling how far it is; no Gradio here."""
+
+import base64
+import io
+import itertools
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+from PIL import Image
+
+from p2ldm import conditions, provenance
+from p2ldm.data.labels import UNSPECIFIED
+from p2ldm.errors import UserError
+from p2ldm.usage import UsageLog
+from p2ldm.web import asked
+from p2ldm.web.asked import Limits
+
+VARIATION = 0.3  # how far a variation is from what it varies, of 1
+_EXAMPLES_SEED = 7
+_BATCH = 8  # faces at a time
+_OFTEN = 0.1  # seconds between two reports
+
+
+class Studio:
+  """A model behind a page.
+
+  Attributes:
+    pipeline: draws.
+    parser: an `evaluation.evaluators.Parser` that reads masks from photographs, or None.
+    limits: of what one visitor may ask for.
+  """
+
+  def __init__(self, pipeline, limits: Limits, log: UsageLog, parser=None):
+    """Takes the parts.
+
+    Raises:
+      UserError: the parser gives other classes than the model takes, or other sizes.
+    """
+    if parser is not None:
+      parser.check_schema(pipeline.schema, 'the model')
+      parser.check_image_size(pipeline.image_size, 'the images of the model')
+    self.pipeline, self.parser, self.limits = pipeline, parser, limits
+    self._log = log
+    self._lock = threading.Lock()  # a visitor who leaves does not stop what goes on
+
+  def draw(self, *values) -> Iterator[dict]:
+    """Draws what was asked for.
+
+    Args:
+      *values: as of `asked.read_request`.
+
+    Yields:
+      {'state': 'starting'}; then, about ten times a second, {'state': 'drawing', 'done', 'total'} in steps;
+      and at last {'state': 'done', 'seconds', 'faces': [`provenance.GeneratedImage`]}.
+
+    Raises:
+      UserError: it cannot be drawn; the message says what to change.
+    """
+    request = asked.read_request(self.pipeline, self.limits, *values)
+    return self._draw('draw', request)
+
+  def vary(self, url, num_images) -> Iterator[dict]:
+    """Draws variations of a picture that this model drew, as its record says; otherwise as `draw`.
+
+    Args:
+      url: data URL of the picture, as it was drawn.
+      num_images: how many.
+    """
+    asked.open_picture(url, 'The picture', self.limits)  # of a bearable size
+    data = asked.read_bytes(url, 'The picture', self.limits)
+    record = provenance.read(io.BytesIO(data), 'The picture')
+    if record is None:
+      raise UserError('The picture carries no record of how it was drawn, so it cannot be varied.')
+    request = provenance.request_of(self.pipeline, record)
+    asked.check_steps(self.pipeline, self.limits, request['steps'])
+    varied = {**request, 'image': record['request'].get('image')}
+    request['variation'] = conditions.read_variation(conditions.vary(varied, VARIATION))
+    request['num_images'] = asked.check_images(self.limits, num_images)
+    request['seed'] = secrets.randbelow(10**6)
+    self.pipeline.read_conditions(request['attributes'], request['mask'], 1)
+    return self._draw('vary', request)
+
+  def mask_of_photo(self, url) -> np.ndarray:
+    """The mask (S, S) uint8 that the parser finds in a photograph.
+
+    Raises:
+      UserError: it is no picture, or there is no parser.
+    """
+    if self.parser is None:
+      raise UserError('There is no parser here that reads masks from photographs.')
+    photo = asked.read_photo(url, self.pipeline.image_size, self.limits)
+    with self._lock:
+      return self.parser.predict(photo[None])[0]
+
+  def _draw(self, event: str, request: dict) -> Iterator[dict]:
+    self._note(event, request)
+    # As few at a time as are wanted, so that none is drawn in vain.
+    options = {**request, 'batch_size': min(request['num_images'], _BATCH)}
+    start = time.monotonic()
+    yield {'state': 'starting'}
+    for state, value in self._reported(lambda report: self.pipeline(**options, progress=report)):
+      if state == 'drawing':
+        yield {'state': state, 'done': value[0], 'total': value[1]}
+      else:
+        yield {'state': state, 'faces': value, 'seconds': time.monotonic() - start}
+
+  def _reported(self, work: Callable) -> Iterator[tuple]:
+    """Runs work(report) in a thread; yields ('drawing', what report was called with), ('done', result)."""
+    told = queue.SimpleQueue()
+
+    def run():
+      try:
+        with self._lock:
+          told.put(('done', work(lambda *step: told.put(('drawing', step)))))
+      except BaseException as error:
+        told.put(('failed', error))
+
+    threading.Thread(target=run, daemon=True).start()
+    while True:
+      state, value = told.get()
+      while state == 'drawing' and not told.empty():
+        state, value = told.get()
+      if state == 'failed':
+        raise value
+      yield state, value
+      if state == 'done':
+        return
+      time.sleep(_OFTEN)
+
+  def _note(self, event: str, request: Mapping):
+    """One line in the usage log: hashes instead of the mask."""
+    attributes, mask = request['attributes'], request['mask']
+    if not isinstance(attributes, Mapping):
+      names = zip(self.pipeline.schema.attributes, attributes.tolist(), strict=True)
+      attributes = {name: value for name, value in names if value}
+    given = mask is not None and (mask != UNSPECIFIED).any()
+    what = {**request, 'attributes': attributes}
+    what['mask'] = provenance.mask_sha256(mask) if given else None
+    model = {'name': self.pipeline.name, 'weights_sha256': self.pipeline.config.get('sha256')}
+    try:
+      self._log.add(event, model=model, **what)
+    except OSError as error:
+      raise UserError(
+        f'The usage log of this page cannot be written ({error.strerror}), and without it nothing is drawn.'
+      ) from error
+
+
+def png_url(image: Image.Image) -> str:
+  """A picture as a data URL of the PNG that `save` writes, with its record."""
+  buffer = io.BytesIO()
+  image.save(buffer, 'PNG')
+  return f'data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'
+
+
+def base64_of(mask: np.ndarray) -> str:
+  """Class ids (S, S) uint8, row by row, in base64."""
+  return base64.b64encode(np.ascontiguousarray(mask, np.uint8).tobytes()).decode()
+
+
+def caption(record: Mapping) -> str:
+  """What a face is called: 'seed 7, image 2'."""
+  return f'seed {record["request"]["seed"]}, image {record["request"]["image"]}'
+
+
+def describe(record: Mapping) -> str:
+  """What was asked for, in words: 'Smiling, no Eyeglasses, with a mask', or 'nothing in particular'."""
+  request = record['request']
+  words = [('' if value > 0 else 'no ') + name for name, value in request['attributes'].items()]
+  words += ['with a mask'] if request['mask_sha256'] else []
+  return ', '.join(words).replace('_', ' ') or 'nothing in particular'
+
+
+def example_masks(schema, size: int, count: int = 8) -> list[np.ndarray]:
+  """Masks (size, size) uint8 to start from: of drawn faces, where the classes are theirs; else none."""
+  from p2ldm.data import synthetic
+  from p2ldm.data.labels import CELEBAMASK_HQ
+
+  if schema.classes != CELEBAMASK_HQ.classes or size < synthetic.MINIMUM_SIZE:
+    return []
+  faces = (synthetic.render_face(_EXAMPLES_SEED, i, size)[1] for i in itertools.count())
+  return list(itertools.islice(faces, count))
