@@ -1,9 +1,10 @@
-"""Converts models: CompVis' and diffusers' weights in, diffusers and StableHLO out.
+"""Converts models: CompVis' and diffusers' weights in, diffusers and StableHLO out; and to half the size.
 
   python -m p2ldm.convert --from=compvis --to=p2ldm model.ckpt models/vq_f4
   python -m p2ldm.convert --from=diffusers --to=p2ldm ldm-celebahq-256 models/celebahq
   python -m p2ldm.convert --from=p2ldm --to=diffusers runs/multi exported/multi
   python -m p2ldm.convert --from=p2ldm --to=stablehlo runs/multi exported/sampler --steps=50
+  python -m p2ldm.convert --from=p2ldm --to=p2ldm runs/multi exported/small --dtype=float16
 
 SOURCE is a checkpoint (.ckpt, .safetensors), a folder of diffusers, a model directory or a training workdir;
 DEST is made, and must not exist. Nothing is left behind if it fails. A checkpoint is never unpickled beyond
@@ -27,7 +28,15 @@ _TARGETS = ('p2ldm', 'diffusers', 'stablehlo')
 
 
 def convert(
-  source, dest, read: str, write: str, options=None, data=None, num_images=1_024, **export
+  source,
+  dest,
+  read: str,
+  write: str,
+  options=None,
+  data=None,
+  num_images=1_024,
+  dtype='float32',
+  **export,
 ):
   """Converts a model.
 
@@ -39,6 +48,7 @@ def convert(
     data: a prepared data set whose first `num_images` faces give the statistics of the latents, for an
       autoencoder alone.
     num_images: how many of them.
+    dtype: of the weights of a model directory, 'float32' or 'float16'.
     **export: of `stablehlo.export`.
 
   Returns:
@@ -46,14 +56,16 @@ def convert(
 
   Raises:
     UserError: the source cannot be read, holds another network, or cannot be written in that format; `dest`
-      exists; `data` is given for a model with a denoiser.
+      exists; `data` is given for a model with a denoiser; `dtype` for something else than a model directory.
   """
   from tqdm import tqdm
 
   from p2ldm.interop import importing, model_directory
 
-  if read == write:
+  if read == write and (write, dtype) != ('p2ldm', 'float16'):
     raise UserError(f'--from and --to are both {read}: there is nothing to convert.')
+  if dtype != 'float32' and write != 'p2ldm':
+    raise UserError(f'--dtype={dtype} is for --to=p2ldm; {write} is written in float32.')
   dest = storage.as_path(dest).expanduser()
   storage.check_absent(dest)
   options = options or importing.Options()
@@ -78,7 +90,7 @@ def convert(
   last = 'model_index.json' if is_pipeline else 'config.json'  # by which readers know it is whole
   with storage.new_directory(dest, last) as new:
     new.rmdir()  # the writers make it
-    found = _write(parts, new, write, export)
+    found = _write(parts, new, write, dtype, export)
     report['written'] = found['written']
     if 'tensors' in found:
       report['tensors_written' if 'tensors' in report else 'tensors'] = found['tensors']
@@ -86,7 +98,7 @@ def convert(
   return report
 
 
-def _write(parts, new: pathlib.Path, write: str, export: dict) -> dict:
+def _write(parts, new: pathlib.Path, write: str, dtype: str, export: dict) -> dict:
   """Writes a model in the format `write`; {'written': {file: SHA-256}, and maybe 'tensors'}."""
   from tqdm import tqdm
 
@@ -96,7 +108,7 @@ def _write(parts, new: pathlib.Path, write: str, export: dict) -> dict:
     return diffusers_export.export(parts, new, tqdm)
   if write == 'stablehlo':
     return stablehlo.export(parts, new, progress=tqdm, **export)
-  model_directory.save(new, parts)
+  model_directory.save(new, parts, dtype)
   return {'written': json.loads((new / 'config.json').read_text())['sha256']}
 
 
@@ -171,6 +183,9 @@ def define_flags():
     'Prepared data set to measure the statistics of latents on, for an autoencoder alone.',
   )
   flags.DEFINE_integer('num_latents', 1_024, 'Faces of --data that are measured.')
+  flags.DEFINE_enum(
+    'dtype', 'float32', ('float32', 'float16'), 'Of the weights that are written (p2ldm).'
+  )
   flags.DEFINE_integer('steps', 50, 'Evaluations of the network per face (stablehlo).')
   flags.DEFINE_string('sampler', 'ddim', 'ddim, dpmpp_2m or ddpm (stablehlo).')
   flags.DEFINE_integer(
@@ -218,7 +233,9 @@ def main(source: str = '', dest: str = ''):
       'platforms': tuple(values.platforms),
       'weights_inside': values.weights_inside,
     }
-  convert(source, dest, read, write, options, values.data, values.num_latents, **export)
+  convert(
+    source, dest, read, write, options, values.data, values.num_latents, values.dtype, **export
+  )
   print(f'{dest} is written; {dest}/conversion.json has the details.')
 
 

@@ -13,7 +13,7 @@ machine, whose place is printed; --usage_log='' leaves that out.
 
 from absl import flags
 
-from p2ldm import errors, storage, usage
+from p2ldm import errors, runtime, storage, usage
 from p2ldm.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -22,9 +22,9 @@ FLAGS = flags.FLAGS
 def main(model=None):
   """Runs the command."""
   # What takes long to import comes here: --help and a bad flag need not wait for it.
-  from p2ldm.interop.packaged import packaged_model
+  from p2ldm.interop.packaged import model_path
 
-  model = storage.as_path(model).expanduser() if model else packaged_model()
+  model = model_path(model)
   log = usage.UsageLog(FLAGS.usage_log)
   page, drawer = load(model, log, FLAGS.parser, FLAGS.max_images, FLAGS.max_steps, FLAGS.max_queue)
   from p2ldm.web.page import launch
@@ -58,11 +58,10 @@ def load(model, log: usage.UsageLog, parser=None, max_images=8, max_steps=100, m
     ) from error
   from p2ldm.interop import model_card, model_directory
   from p2ldm.pipeline import Pipeline
-  from p2ldm.training.workdir import use_compilation_cache
   from p2ldm.web.asked import Limits
   from p2ldm.web.studio import Studio, example_masks
 
-  use_compilation_cache()
+  runtime.prepare()
   pipeline = Pipeline.from_pretrained(model)
   limits = Limits(images=max_images, steps=max_steps, queue=max_queue)
   drawer = Studio(pipeline, limits, log, _parser(parser, model, pipeline))

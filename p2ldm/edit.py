@@ -5,11 +5,12 @@
   python -m p2ldm.edit runs/multi_tiny --image=photo.jpg --source_mask=auto --source_attributes=auto \\
     --evaluators=runs/evaluators_tiny --attributes=Smiling --region=mouth,u_lip,l_lip --grow=4 --out=edited
 
-The first argument is a model directory or the workdir of a training run. The image is cropped to its
-central square and resized to the model's size. The more is known of what it shows, the better the edit: an
-image that p2ldm drew says itself; of another give --source_attributes and --source_mask, or `auto`, which
-asks a classifier and a parser. --attributes and --mask say what is to change: attributes that are not named
-and pixels of the mask that are 255 or grey stay as they are.
+The first argument is a model directory or the workdir of a training run; without one the model that comes
+with the package is taken. The image is cropped to its central square and resized to the model's size. The
+more is known of what it shows, the better the edit: an image that p2ldm drew says itself; of another give
+--source_attributes and --source_mask, or `auto`, which asks a classifier and a parser.
+--attributes and --mask say what is to change: attributes that are not named and pixels of the mask that are
+255 or grey stay as they are.
 
 The image is inverted to noise (DDIM inversion) and drawn again for the new conditions. Outside of --region
 it is held to the source at every step (blended latents), and in the end the source's own pixels are pasted
@@ -30,7 +31,7 @@ import re
 
 from absl import flags
 
-from p2ldm import errors, storage, usage
+from p2ldm import errors, runtime, storage, usage
 from p2ldm.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -59,7 +60,7 @@ def edit(
   """Edits an image and writes edits, a comparison and a report into a folder.
 
   Args:
-    model: model directory or workdir.
+    model: model directory or workdir; None takes the model that comes with the package.
     image: path of the image.
     out: folder to write, whole or not at all.
     settings: fields of `editing.Settings`; paste and feather may be None: paste if there is a region,
@@ -85,6 +86,7 @@ def edit(
   from p2ldm import edit_inputs, editing
   from p2ldm.evaluation.evaluators import load_classifier, load_parser
   from p2ldm.evaluation.instruments import find_evaluators
+  from p2ldm.interop.packaged import model_path
   from p2ldm.models.perceptual import load_lpips
   from p2ldm.pipeline import Pipeline
   from p2ldm.reports import edit_report
@@ -92,7 +94,7 @@ def edit(
 
   out = storage.as_path(out).expanduser()
   check_out(out, overwrite)
-  model = storage.as_path(model).expanduser()
+  model = model_path(model)
   pipeline, found = Pipeline.from_pretrained(model), find_evaluators(evaluators, model)
   parser = load_parser(found['parser']) if 'parser' in found else None
   classifier = load_classifier(found['classifier']) if 'classifier' in found else None
@@ -224,10 +226,10 @@ def define_flags():
 
 def main(model=None):
   """Runs the command."""
-  if model is None or not FLAGS.image or not FLAGS.out:
+  if not FLAGS.image or not FLAGS.out:
     raise UserError(
-      'Give a model, --image and --out, as in `python -m p2ldm.edit runs/multi_tiny --image=face.png '
-      '--attributes=Eyeglasses --out=edited`.'
+      'Give --image and --out, and a model if it is to be another than that of the package, as in `python '
+      '-m p2ldm.edit runs/multi_tiny --image=face.png --attributes=Eyeglasses --out=edited`.'
     )
   from p2ldm.sample import read_interval
 
@@ -240,6 +242,7 @@ def main(model=None):
   if log.path:
     print(f'What is asked for is noted in {log.path}.')
   options = {name: FLAGS[name].value for name in names}
+  runtime.prepare()
   edit(model, FLAGS.image, FLAGS.out, settings, log=log, **options)
 
 

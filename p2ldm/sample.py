@@ -1,19 +1,21 @@
 """Draws faces with a trained model, from attributes, a mask, both or neither.
 
-  python -m p2ldm.sample --model=runs/multi_tiny --attributes=Smiling,-Eyeglasses --num_images=8
+  python -m p2ldm.sample --attributes=Smiling,-Eyeglasses
+  python -m p2ldm.sample --model=runs/multi --attributes=Smiling --mask=mask.png --num_images=16
 
---model is a model directory or the workdir of a training run. Attributes that you do not name are left
+--model is a model directory or the workdir of a training run; without it a small model of drawn faces, which
+comes with the package, is taken. Attributes that you do not name are left
 to the model, and so is every pixel of the mask that is unspecified (255, or grey): three attributes of
 forty, or a mask that only says where the hair is, are fine. The folder --out (samples/ by default)
 receives 000.png, 001.png, ... and grid.png, which shows the request beside the faces; it appears when
 everything in it is complete. To see what a model knows:
 
-  python -m p2ldm.sample --model=runs/multi_tiny --list
+  python -m p2ldm.sample --list
 
 Every picture carries how it was made. To read that back, to see whether the picture was changed since and,
-with --model, to draw it again and compare:
+with --model ('packaged' is the one of the package), to draw it again and compare:
 
-  python -m p2ldm.sample --verify=samples/000.png --model=runs/multi_tiny
+  python -m p2ldm.sample --verify=samples/000.png --model=packaged
 
 An edit (`python -m p2ldm.edit`) is made again from the image that was edited, --source=FILE.
 """
@@ -36,7 +38,7 @@ def draw(model, out, attributes=None, mask=None, num_images=8, overwrite=False, 
   """Draws faces into a folder.
 
   Args:
-    model: model directory or workdir.
+    model: model directory or workdir; None takes the model that comes with the package.
     out: folder to write, whole or not at all.
     attributes, mask: in any form that `Pipeline.sample_latents` takes, of one row.
     num_images: how many faces.
@@ -48,12 +50,13 @@ def draw(model, out, attributes=None, mask=None, num_images=8, overwrite=False, 
   """
   # JAX is imported here: --help and a bad flag need not wait for it.
   from p2ldm import provenance
+  from p2ldm.interop.packaged import model_path
   from p2ldm.pipeline import Pipeline
   from p2ldm.sharding import make_mesh
 
   out = storage.as_path(out).expanduser()
   check_out(out, overwrite)
-  pipeline = Pipeline.from_pretrained(storage.as_path(model).expanduser(), mesh=make_mesh())
+  pipeline = Pipeline.from_pretrained(model_path(model), mesh=make_mesh())
   attributes, mask = pipeline.read_conditions(attributes, mask, num_images)
   faces = pipeline(attributes, mask, num_images, **options)
 
@@ -77,7 +80,7 @@ def verify(path, model=None, source=None):
 
   Args:
     path: of the picture.
-    model: model directory or workdir to draw it again with, or None.
+    model: model directory, workdir or 'packaged', to draw it again with; None leaves that out.
     source: of an edit, the image that was edited.
 
   Raises:
@@ -85,10 +88,11 @@ def verify(path, model=None, source=None):
     SystemExit: it is not what it says.
   """
   from p2ldm import editing, provenance
+  from p2ldm.interop.packaged import model_path
   from p2ldm.pipeline import Pipeline
 
   def load():
-    return Pipeline.from_pretrained(storage.as_path(model).expanduser())
+    return Pipeline.from_pretrained(model_path(model))
 
   def draw_again(pipeline, record):
     if 'edit' in record and source:
@@ -101,17 +105,20 @@ def verify(path, model=None, source=None):
     raise SystemExit(1)
 
 
-def describe(model) -> str:
+def describe(model=None) -> str:
   """What a model knows, in lines: its size, attributes, classes with ids and colours.
+
+  Args:
+    model: as of `draw`.
 
   Raises:
     UserError: there is no model.
   """
   from p2ldm.interop import model_config, model_directory
+  from p2ldm.interop.packaged import model_path
 
-  config = model_config.read(
-    model_directory.find(storage.as_path(model).expanduser()) / 'config.json'
-  )
+  model = model_path(model)
+  config = model_config.read(model_directory.find(model) / 'config.json')
   if config['denoiser'] is None:
     raise UserError(f'{model} holds an autoencoder alone, which draws nothing.')
   schema = LabelSchema.from_dict(config['schema'])
@@ -165,7 +172,11 @@ def _grid(pipeline, faces, attributes, mask):
 
 def define_flags():
   """Defines this command's flags."""
-  flags.DEFINE_string('model', None, 'Model directory, or the workdir of a training run.')
+  flags.DEFINE_string(
+    'model',
+    None,
+    'Model directory, or the workdir of a training run. Default: the one that comes with the package.',
+  )
   flags.DEFINE_string(
     'attributes', '', 'What the faces have, and with a - what they have not: Smiling,-Eyeglasses.'
   )
@@ -206,12 +217,6 @@ def main():
   if values.verify:
     verify(pathlib.Path(values.verify).expanduser(), values.model, values.source)
     return
-  if not values.model:
-    raise UserError(
-      '--model is missing. Example: python -m p2ldm.sample --model=runs/multi_tiny '
-      '--attributes=Smiling. To get a model, train one: python -m p2ldm.main '
-      '--config=configs/multi.py:tiny'
-    )
   if values.list:
     print(describe(values.model))
     return

@@ -19,7 +19,7 @@ import dataclasses
 
 from absl import flags
 
-from p2ldm import errors, storage, usage
+from p2ldm import errors, runtime, storage, usage
 from p2ldm.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -27,31 +27,32 @@ FLAGS = flags.FLAGS
 
 def main(model=None):
   """Runs the command."""
-  if model is None or not FLAGS.conditions or not FLAGS.out or not FLAGS.num:
+  if not FLAGS.conditions or not FLAGS.out or not FLAGS.num:
     raise UserError(
-      'Give a model, --conditions, --num and --out, as in `python -m p2ldm.synthesize runs/multi_tiny '
-      '--conditions=data/embedded_64 --num=500 --out=synthetic`.'
+      'Give --conditions, --num and --out, and a model if it is to be another than that of the package: '
+      '`python -m p2ldm.synthesize runs/multi_tiny --conditions=data/embedded_64 --num=500 --out=synthetic`.'
     )
   # JAX is imported here: --help and a bad flag need not wait for it.
   from p2ldm import interruptions, sharding
   from p2ldm.data.prepared import open_dataset
   from p2ldm.evaluation.evaluators import load_classifier, load_parser
   from p2ldm.evaluation.instruments import find_evaluators
+  from p2ldm.interop.packaged import model_path
   from p2ldm.pipeline import Pipeline
   from p2ldm.synthesis import Settings, synthesize
-  from p2ldm.training.workdir import use_compilation_cache
 
   storage.check_absent(storage.as_path(FLAGS.out).expanduser())
   log = usage.UsageLog(FLAGS.usage_log)
   if log.path:
     print(f'What is asked for is noted in {log.path}.')
   interruptions.catch()
-  use_compilation_cache()
+  runtime.prepare()
   mesh, found = sharding.make_mesh(), {}
-  pipeline = Pipeline.from_pretrained(storage.as_path(model).expanduser(), mesh=mesh)
+  model = model_path(model)
+  pipeline = Pipeline.from_pretrained(model, mesh=mesh)
   dataset = open_dataset(storage.as_path(FLAGS.conditions).expanduser(), pipeline.image_size)
   if FLAGS.min_adherence:
-    found = find_evaluators(FLAGS.evaluators, storage.as_path(model).expanduser())
+    found = find_evaluators(FLAGS.evaluators, model)
   parser = load_parser(found['parser'], mesh) if 'parser' in found else None
   classifier = load_classifier(found['classifier'], mesh) if 'classifier' in found else None
   settings = Settings(

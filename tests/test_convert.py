@@ -134,6 +134,10 @@ def test_statistics_are_measured_on_a_data_set(prepared_faces, tmp_path):
     ((), 'Say what to convert'),
     (('--from=p2ldm', '--to=diffusers', 'x'), 'Say what to convert'),
     (('--from=p2ldm', '--to=p2ldm', 'x', 'y'), 'nothing to convert'),
+    (
+      ('--from=p2ldm', '--to=diffusers', '--dtype=float16', 'x', 'y'),
+      'diffusers is written in float32',
+    ),
     (('--from=p2ldm', '--to=diffusers', 'x', 'y'), 'There is no model directory x'),
     (('--from=compvis', '--to=p2ldm', 'x.ckpt', 'y'), 'There is no file x.ckpt'),
     (('--from=keras', '--to=p2ldm', 'x', 'y'), 'compvis'),
@@ -148,3 +152,27 @@ def test_bad_usage_is_one_paragraph(arguments, message):
 def test_an_existing_folder_is_not_replaced(model, tmp_path):
   with pytest.raises(UserError, match='exists; it is not replaced'):
     convert.convert(model, tmp_path, 'p2ldm', 'diffusers')
+
+
+def test_half_the_size(model, tmp_path):
+  status, errors, _ = run('--from=p2ldm', '--to=p2ldm', '--dtype=float16', model, tmp_path / 'half')
+  assert status == 0, errors
+  ours, half = (
+    tensors(model_directory.load(model)),
+    tensors(model_directory.load(tmp_path / 'half')),
+  )
+  assert ours.keys() == half.keys()
+  for name, value in ours.items():
+    assert half[name].dtype == np.float32
+    np.testing.assert_array_equal(half[name], value.astype(np.float16).astype(np.float32))
+  for file in ('autoencoder.safetensors', 'denoiser.safetensors'):
+    whole, small = ((path / file).stat().st_size for path in (model, tmp_path / 'half'))
+    assert small < 0.6 * whole
+
+
+def test_weights_too_large_for_half_the_size(tmp_path):
+  parts = tiny_model.make_parts()
+  parts.autoencoder['codebook'] = np.full_like(parts.autoencoder['codebook'], 1e5)
+  with pytest.raises(UserError, match='codebook has values too large for float16'):
+    model_directory.save(tmp_path / 'model', parts, np.float16)
+  assert not (tmp_path / 'model').exists()

@@ -490,12 +490,14 @@ def test_a_section_of_a_card(tmp_path):
 
 
 def test_a_build_without_a_model_says_so(monkeypatch, tmp_path):
-  monkeypatch.setattr(packaged.p2ldm, '__file__', str(tmp_path / '__init__.py'))
-  with pytest.raises(UserError, match='comes without a model.*runs/multi_tiny'):
-    packaged.packaged_model()
-  (tmp_path / 'assets' / 'model').mkdir(parents=True)
-  (tmp_path / 'assets' / 'model' / 'config.json').write_text('{}')
-  assert packaged.packaged_model() == tmp_path / 'assets' / 'model'
+  monkeypatch.setattr(packaged, '_DIRECTORY', tmp_path)
+  for given in (None, 'packaged'):
+    with pytest.raises(UserError, match='comes without a model.*runs/multi_tiny'):
+      packaged.model_path(given)
+  (tmp_path / 'config.json').write_text('{}')
+  for given in (None, 'packaged'):
+    assert packaged.model_path(given) == tmp_path
+  assert packaged.model_path('~/other') == pathlib.Path.home() / 'other'
 
 
 def test_the_command_says_where_the_page_and_the_log_are(client, monkeypatch, tmp_path, capsys):

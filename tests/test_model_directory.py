@@ -166,7 +166,7 @@ def test_one_flipped_bit(model):
       r'time_in.bias \(5,\), not \(256,\)',
     ),
     (
-      lambda t: t.update({'time_in.bias': np.zeros(256, np.float16)}),
+      lambda t: t.update({'time_in.bias': np.zeros(256, np.float64)}),
       'float32',
     ),
   ],

@@ -15,6 +15,7 @@ import dataclasses
 import json
 
 import jax.numpy as jnp
+import numpy as np
 
 from p2ldm import storage
 from p2ldm.errors import UserError
@@ -57,7 +58,7 @@ class ModelParts:
     return weights.make_module(Denoiser, self.config['denoiser'], dtype)
 
 
-def save(directory, parts: ModelParts):
+def save(directory, parts: ModelParts, dtype=np.float32):
   """Writes a model directory, whole or not at all; a model that is there is replaced.
 
   Files of a replaced directory that are not part of a model (figures, say) are carried over.
@@ -65,6 +66,7 @@ def save(directory, parts: ModelParts):
   Args:
     directory: the folder to make; its parents are made as well.
     parts: the model; checksums are added to its config here.
+    dtype: of the weights in the files, float32 or float16. They are float32 again when they are read.
 
   Raises:
     UserError: `directory` holds something else than a model, or the parts do not fit one another.
@@ -79,7 +81,7 @@ def save(directory, parts: ModelParts):
     params = {'autoencoder': parts.autoencoder, 'denoiser': parts.denoiser}
     config['sha256'] = {
       f'{name}.safetensors': weights.write_weights(
-        new / f'{name}.safetensors', params[name], config[name], expected
+        new / f'{name}.safetensors', params[name], config[name], expected, dtype
       )
       for name, expected in shapes.items()
     }

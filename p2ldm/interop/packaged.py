@@ -1,22 +1,30 @@
-"""The model that comes with the package, if this build has one."""
+"""The model that comes with the package: small, of the embedded faces, there without a download."""
 
 import pathlib
 
 import p2ldm
+from p2ldm import storage
 from p2ldm.errors import UserError
 
+NAME = 'packaged'  # in place of a path
+_DIRECTORY = pathlib.Path(p2ldm.__file__).parent / 'assets' / 'embedded_faces'
 
-def packaged_model() -> pathlib.Path:
-  """The model directory in p2ldm/assets.
+
+def model_path(given=None):
+  """The path of the model that was asked for.
+
+  Args:
+    given: path of a model directory or a workdir, 'gs://' included; None or 'packaged': of the model that
+      comes with the package.
 
   Raises:
     UserError: this build comes without one.
   """
-  directory = pathlib.Path(p2ldm.__file__).parent / 'assets' / 'model'
-  if not (directory / 'config.json').is_file():
+  if given is not None and str(given) != NAME:
+    return storage.as_path(given).expanduser()
+  if not (_DIRECTORY / 'config.json').is_file():
     raise UserError(
       'This build of p2ldm comes without a model, so name one: a model directory or the workdir of a '
-      'training run, as in `python -m p2ldm.demo runs/multi_tiny`. To get one: python -m p2ldm.main '
-      '--config=configs/multi.py:tiny'
+      'training run, as runs/multi_tiny. To get one: python -m p2ldm.main --config=configs/multi.py:tiny'
     )
-  return directory
+  return storage.as_path(_DIRECTORY)

@@ -1,8 +1,8 @@
 """One network's parameters as one safetensors file, checked against the module that they belong to.
 
-Tensors are float32 and named by their path in the tree of parameters, joined by '.'. The file's
-metadata holds the module's fields as JSON, for readers from elsewhere. Equal parameters make equal
-files, bit for bit. No pickle is read or written.
+Tensors are float32, or float16 where half the size matters more than the last digits, and named by their
+path in the tree of parameters, joined by '.'. The file's metadata holds the module's fields as JSON, for
+readers from elsewhere. Equal parameters make equal files, bit for bit. No pickle is read or written.
 """
 
 import functools
@@ -23,6 +23,7 @@ from p2ldm.errors import UserError
 from p2ldm.models.autoencoder import Autoencoder
 from p2ldm.models.denoiser import Denoiser
 
+_DTYPES = ('F32', 'F16')  # as safetensors names them
 _AGAIN = 'Copy or download it again, or export the model again.'
 
 
@@ -55,7 +56,9 @@ def evaluator_shapes(kind: type[nn.Module], fields: Mapping, image_size: int, so
   return _explained(shapes, source, fields)
 
 
-def write_weights(path: pathlib.Path, params: Mapping, fields: Mapping, expected: Mapping) -> str:
+def write_weights(
+  path: pathlib.Path, params: Mapping, fields: Mapping, expected: Mapping, dtype=np.float32
+) -> str:
   """Writes nested parameters and returns the file's SHA-256.
 
   Args:
@@ -63,12 +66,17 @@ def write_weights(path: pathlib.Path, params: Mapping, fields: Mapping, expected
     params: nested dicts of arrays, as `module.init(...)['params']`.
     fields: of the module.
     expected: {tensor name: shape} of the architecture.
+    dtype: float32 or float16, of the file.
 
   Raises:
-    UserError: the parameters are not those of the architecture.
+    UserError: the parameters are not those of the architecture, or one is too large for the dtype.
   """
   flat = traverse_util.flatten_dict(jax.device_get(params), sep='.')
-  tensors = {name: np.ascontiguousarray(value, np.float32) for name, value in flat.items()}
+  with np.errstate(over='ignore'):
+    tensors = {name: np.ascontiguousarray(value, dtype) for name, value in flat.items()}
+  for name, value in tensors.items():
+    if np.isinf(value).any() and not np.isinf(flat[name]).any():
+      raise UserError(f'{path}: {name} has values too large for {np.dtype(dtype)}. Keep float32.')
   check_tensors(
     {name: value.shape for name, value in tensors.items()}, expected, f'{path} to write'
   )
@@ -92,15 +100,17 @@ def read_weights(path: pathlib.Path, expected: Mapping, digest: str) -> dict:
   """
   shapes, dtypes = _read_header(path)
   check_tensors(shapes, expected, str(path))
-  other = [f'{name} is {dtype}' for name, dtype in dtypes.items() if dtype != 'F32']
+  other = [f'{name} is {dtype}' for name, dtype in dtypes.items() if dtype not in _DTYPES]
   if other:
-    raise UserError(f'{path}: weights are float32 (F32), but {other[0]}. {_AGAIN}')
+    raise UserError(f'{path}: weights are {" or ".join(_DTYPES)}, but {other[0]}. {_AGAIN}')
   if sha256(path) != digest:
     raise UserError(
       f'{path} is damaged, or is not the file that was exported: its SHA-256 is not the one in '
       f'config.json. {_AGAIN}'
     )
-  return traverse_util.unflatten_dict(safetensors.numpy.load_file(path), sep='.')
+  tensors = safetensors.numpy.load_file(path)
+  params = {name: value.astype(np.float32, copy=False) for name, value in tensors.items()}
+  return traverse_util.unflatten_dict(params, sep='.')
 
 
 def check_tensors(shapes: Mapping, expected: Mapping, source: str):
