@@ -4,5 +4,5 @@ from configs import base, variants
 
 
 def get_config(variant: str = ''):
-  """`multi.py`, `multi.py:tiny` or `multi.py:faces64`."""
+  """`multi.py`, `multi.py:tiny`, `multi.py:packaged` or `multi.py:faces64`."""
   return variants.apply(base.get_config(), variant)

@@ -31,6 +31,32 @@ def tiny(config: ConfigDict) -> None:
     )
 
 
+def packaged(config: ConfigDict) -> None:
+  """The model that comes with the package: the embedded faces at 64 px, trained until it improves no more.
+
+  `python -m p2ldm.main --config=configs/multi.py:packaged` makes it: some hours on two CPU cores.
+  """
+  tiny(config)
+  config.data.update({'dir': 'data/embedded_64_12k', 'embedded_faces': 12_000})
+  # Edits keep no more of a face than the autoencoder does.
+  config.autoencoder.model.update({'channel_multipliers': (1, 2, 2), 'codebook_size': 4096})
+  config.autoencoder.training.update({'num_steps': 10_000})
+  config.diffusion.training.update({'num_steps': 30_000})
+  config.probe.every = 0  # its parser and classifier are a run of their own
+  for training in (config.autoencoder.training, config.diffusion.training):
+    training.update(
+      {
+        'warmup_steps': 200,
+        'ema_decay': 0.999,
+        'log_every': 100,
+        'evaluate_every': 1_000,
+        'sample_every': 2_000,
+        'checkpoint_every': 250,
+        'evaluation_faces': 500,
+      }
+    )
+
+
 def faces64(config: ConfigDict) -> None:
   """Real faces (CelebAMask-HQ) prepared at 64 px, with models that fit a small machine."""
   config.data.update({'dir': 'data/celebamask_hq_64', 'image_size': 64})
@@ -99,7 +125,7 @@ def trainings(config: ConfigDict) -> tuple[ConfigDict, ...]:
   return tuple(task.training for task in tasks)
 
 
-VARIANTS = {'tiny': tiny, 'faces64': faces64}
+VARIANTS = {'tiny': tiny, 'packaged': packaged, 'faces64': faces64}
 
 
 def apply(config: ConfigDict, variant: str) -> ConfigDict:
