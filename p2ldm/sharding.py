@@ -1,10 +1,13 @@
 """Where arrays live: a (data, fsdp) mesh, state sharded over fsdp, batches over both axes."""
 
+import functools
+
 import jax
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from p2ldm import processes
 from p2ldm.errors import UserError
 
 MIN_SHARDED_SIZE = 2**14  # smaller arrays (biases, norms) are replicated: gathering them costs more
@@ -36,6 +39,30 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices=None) -> Mesh:
   # An axis may be part of one of the axes of a TPU's torus, as four of eight chips are.
   grid = mesh_utils.create_device_mesh((data, fsdp), devices, allow_split_physical_axes=True)
   return Mesh(grid, ('data', 'fsdp'), axis_types=types)
+
+
+def connect(mesh: Mesh):
+  """Lets the devices of several processes find one another, along each axis and altogether.
+
+  They would do so within the first program that needs it, and Gloo, which CPUs meet through, waits for 30
+  seconds only: less than compiling that program may take one process longer than the other. All processes
+  must call it.
+  """
+  if not processes.several():
+    return
+  rows = jax.make_array_from_callback(
+    (mesh.size,), over_batch(mesh), lambda index: np.ones(mesh.size, np.float32)[index]
+  )
+  for axes in ('data', 'fsdp', mesh.axis_names):
+    total = jax.shard_map(
+      functools.partial(jax.lax.psum, axis_name=axes),
+      mesh=mesh,
+      in_specs=PartitionSpec(mesh.axis_names),
+      out_specs=PartitionSpec(mesh.axis_names),
+    )
+    program = jax.jit(total).lower(rows).compile()
+    processes.barrier(f'to connect along {axes}')
+    jax.block_until_ready(program(rows))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

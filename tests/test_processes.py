@@ -152,3 +152,42 @@ def test_a_full_disk_stops_with_a_message_and_the_last_checkpoint_stays_whole(
   assert 'the newest whole one is of step 2, and it is intact' in said
   assert end([start(tmp_path, 0, 1, 8, 0)]) == [0]
   np.testing.assert_allclose(losses(tmp_path), losses(uninterrupted), rtol=1e-5)
+
+
+def test_all_devices_meet_before_the_first_program(tmp_path):
+  # Gloo says of each group of devices when it has met.
+  code = """if True:
+    import sys
+    import jax
+    import numpy as np
+    from p2ldm import processes, sharding
+    processes.initialize(coordinator_address=sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
+    mesh = sharding.make_mesh(2, 2)
+    sharding.connect(mesh)
+    print('all have met', flush=True)
+    rows = sharding.put_batch(np.ones((4, 8), np.float32), mesh)
+    weights = jax.device_put(
+      np.ones((8, 4), np.float32), jax.NamedSharding(mesh, jax.P(None, 'fsdp'))
+    )
+    gradient = jax.jit(
+      jax.grad(lambda w, x: ((x @ w) ** 2).mean()), out_shardings=weights.sharding
+    )
+    print(np.asarray(sharding.replicate(gradient(weights, rows), mesh)).sum(), flush=True)
+  """
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    address = f'localhost:{free.getsockname()[1]}'
+  flags = '--xla_force_host_platform_device_count=2'
+  environment = {**os.environ, 'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}
+  both = [
+    subprocess.Popen(
+      [sys.executable, '-c', code, address, str(i)], stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT, text=True, env=environment, cwd=TESTS.parent,
+    )
+    for i in (0, 1)
+  ]  # fmt: skip
+  printed = [process.communicate(timeout=120)[0] for process in both]
+  assert [process.returncode for process in both] == [0, 0], printed
+  before, met, after = printed[0].partition('all have met')
+  assert met and '[Gloo] Rank' in before and '[Gloo] Rank' not in after
+  assert '128.0' in after

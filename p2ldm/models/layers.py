@@ -4,6 +4,7 @@ Parameters are float32; `dtype` is what a layer computes in (bfloat16 on acceler
 softmax always compute in float32.
 """
 
+import functools
 from collections.abc import Iterable, Sequence
 
 import flax.linen as nn
@@ -72,6 +73,7 @@ class _Affine(nn.Module):
     return scale, self.param('bias', nn.initializers.zeros_init(), shape)
 
 
+@functools.partial(jax.jit, static_argnums=(3, 4))  # traced once for a shape
 def group_norm(x, scale, bias, groups: int, epsilon: float):
   """Group normalisation (arXiv 1803.08494), in float32.
 

@@ -62,6 +62,7 @@ def run(config, workdir):
   """
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
   validate(config, mesh)
+  sharding.connect(mesh)
   try:
     shared = run_before_diffusion(config, workdir, mesh)
     if 'diffusion' in config.stages:

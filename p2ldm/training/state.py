@@ -1,5 +1,7 @@
 """The state of a training run: step, parameters, their moving average, optimizer state."""
 
+import functools
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -56,9 +58,10 @@ def average(ema_params: dict, params: dict, step: jax.Array, decay: float, good=
   dominated by its random start (the rule of CompVis' LitEma).
   """
   rate = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
-  return {
-    name: jax.tree.map(
-      lambda e, p: jnp.where(good, e + (1.0 - rate) * (p - e), e), tree, params[name]
-    )
-    for name, tree in ema_params.items()
-  }
+
+  @jax.jit  # traced once for a shape
+  def move(good, rate, e, p):
+    return jnp.where(good, e + (1.0 - rate) * (p - e), e)
+
+  move = functools.partial(move, good, rate)
+  return {name: jax.tree.map(move, tree, params[name]) for name, tree in ema_params.items()}
