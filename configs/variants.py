@@ -40,8 +40,8 @@ def packaged(config: ConfigDict) -> None:
   config.data.update({'dir': 'data/embedded_64_12k', 'embedded_faces': 12_000})
   # Edits keep no more of a face than the autoencoder does.
   config.autoencoder.model.update({'channel_multipliers': (1, 2, 2), 'codebook_size': 4096})
-  config.autoencoder.training.update({'num_steps': 10_000})
-  config.diffusion.training.update({'num_steps': 30_000})
+  config.autoencoder.training.update({'num_steps': 6_000})
+  config.diffusion.training.update({'num_steps': 20_000})
   config.probe.every = 0  # its parser and classifier are a run of their own
   for training in (config.autoencoder.training, config.diffusion.training):
     training.update(
@@ -63,7 +63,7 @@ def faces64(config: ConfigDict) -> None:
   small_models(config)
   config.evaluators.parser.training.update({'num_steps': 2_500})
   config.evaluators.classifier.training.update({'num_steps': 3_400})
-  config.autoencoder.training.update({'num_steps': 10_000})
+  config.autoencoder.training.update({'num_steps': 6_000})
   config.diffusion.training.update({'num_steps': 100_000})
   config.probe.update({'every': 1_000, 'num_faces': 32})
   for training in trainings(config):
