@@ -36,6 +36,8 @@ def convert(
   data=None,
   num_images=1_024,
   dtype='float32',
+  evaluation=None,
+  command='',
   **export,
 ):
   """Converts a model.
@@ -49,6 +51,9 @@ def convert(
       autoencoder alone.
     num_images: how many of them.
     dtype: of the weights of a model directory, 'float32' or 'float16'.
+    evaluation: report.json of `python -m p2ldm.evaluate` on the source, a model directory; its figures go into
+      the model card.
+    command: that trained the model, for the card.
     **export: of `stablehlo.export`.
 
   Returns:
@@ -56,16 +61,19 @@ def convert(
 
   Raises:
     UserError: the source cannot be read, holds another network, or cannot be written in that format; `dest`
-      exists; `data` is given for a model with a denoiser; `dtype` for something else than a model directory.
+      exists; `data` is given for a model with a denoiser; `dtype`, `evaluation` or `command` for something
+      else than a model directory; the evaluation is another model's.
   """
   from tqdm import tqdm
 
-  from p2ldm.interop import importing, model_directory
+  from p2ldm.interop import card_figures, importing, model_directory
 
   if read == write and (write, dtype) != ('p2ldm', 'float16'):
     raise UserError(f'--from and --to are both {read}: there is nothing to convert.')
-  if dtype != 'float32' and write != 'p2ldm':
-    raise UserError(f'--dtype={dtype} is for --to=p2ldm; {write} is written in float32.')
+  if write != 'p2ldm' and (dtype != 'float32' or evaluation or command):
+    raise UserError(
+      f'--dtype, --evaluation and --command are for --to=p2ldm; {write} is written in float32, without a card.'
+    )
   dest = storage.as_path(dest).expanduser()
   storage.check_absent(dest)
   options = options or importing.Options()
@@ -86,6 +94,11 @@ def convert(
   if data:
     parts.config['latents'] = measure_latents(parts, data, num_images)
   report['statistics_of_latents'] = parts.config['latents']
+  if evaluation:
+    about = card_figures.read(evaluation, parts.config.get('sha256'))
+    parts.config['provenance'] = {**(parts.config['provenance'] or {}), **about}
+  if command:
+    parts.config['provenance'] = {**(parts.config['provenance'] or {}), 'command': command}
   is_pipeline = write == 'diffusers' and parts.denoiser is not None
   last = 'model_index.json' if is_pipeline else 'config.json'  # by which readers know it is whole
   with storage.new_directory(dest, last) as new:
@@ -186,6 +199,12 @@ def define_flags():
   flags.DEFINE_enum(
     'dtype', 'float32', ('float32', 'float16'), 'Of the weights that are written (p2ldm).'
   )
+  flags.DEFINE_string(
+    'evaluation',
+    None,
+    "SOURCE's report.json of p2ldm.evaluate, for the model card's figures (p2ldm).",
+  )
+  flags.DEFINE_string('command', '', 'That trained the model, for the model card (p2ldm).')
   flags.DEFINE_integer('steps', 50, 'Evaluations of the network per face (stablehlo).')
   flags.DEFINE_string('sampler', 'ddim', 'ddim, dpmpp_2m or ddpm (stablehlo).')
   flags.DEFINE_integer(
@@ -233,9 +252,8 @@ def main(source: str = '', dest: str = ''):
       'platforms': tuple(values.platforms),
       'weights_inside': values.weights_inside,
     }
-  convert(
-    source, dest, read, write, options, values.data, values.num_latents, values.dtype, **export
-  )
+  about = {'dtype': values.dtype, 'evaluation': values.evaluation, 'command': values.command}
+  convert(source, dest, read, write, options, values.data, values.num_latents, **about, **export)
   print(f'{dest} is written; {dest}/conversion.json has the details.')
 
 

@@ -172,7 +172,64 @@ def test_half_the_size(model, tmp_path):
 
 def test_weights_too_large_for_half_the_size(tmp_path):
   parts = tiny_model.make_parts()
-  parts.autoencoder['codebook'] = np.full_like(parts.autoencoder['codebook'], 1e5)
-  with pytest.raises(UserError, match='codebook has values too large for float16'):
+  parts.autoencoder['quantize']['embedding'] = np.full((64, 3), 1e5, np.float32)
+  with pytest.raises(UserError, match='quantize.embedding has values too large for float16'):
     model_directory.save(tmp_path / 'model', parts, np.float16)
   assert not (tmp_path / 'model').exists()
+
+
+REPORT = {
+  'subject': {},
+  'protocol': {
+    'num_samples': 400, 'sampler': 'ddim', 'steps': 50, 'attributes_scale': 3.0, 'mask_scale': 1.5,
+  },
+  'data': {'split': 'validation', 'directory': 'data/faces'},
+  'sets': {
+    'samples': {
+      'mask': {'pixel_accuracy': 0.8124, 'miou_present': 0.5},
+      'attributes': {'accuracy': 0.75, 'balanced_accuracy': 0.625},
+    },
+    'real': {
+      'mask': {'pixel_accuracy': 0.9376, 'miou_present': 0.75},
+      'attributes': {'accuracy': 1.0, 'balanced_accuracy': 1.0},
+    },
+  },
+  'autoencoder': {'psnr': {'mean': 27.25}},
+}  # fmt: skip
+
+
+def test_the_card_has_the_figures_and_the_command(model, tmp_path):
+  checksums = json.loads((model / 'config.json').read_text())['sha256']
+  subject = {f'{name}_sha256': value for name, value in checksums.items()}
+  (tmp_path / 'report.json').write_text(json.dumps({**REPORT, 'subject': subject}))
+  about = (f'--evaluation={tmp_path}/report.json', '--command=python -m p2ldm.main --config=x')
+  status, errors, _ = run(
+    '--from=p2ldm', '--to=p2ldm', '--dtype=float16', *about, model, tmp_path / 'half'
+  )
+  assert status == 0, errors
+  card = (tmp_path / 'half' / 'README.md').read_text()
+  assert '| Mask, pixel accuracy | 0.812 (0.938) |' in card
+  assert '| Attributes, balanced accuracy | 0.625 (1.000) |' in card
+  assert '| Autoencoder, PSNR | 27.2 dB |' in card
+  assert 'Protocol: 400 samples for conditions of the split validation of data/faces' in card
+  assert 'Trained by `python -m p2ldm.main --config=x`.' in card
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    (lambda r: r['subject'].update({'denoiser.safetensors_sha256': '0'}), 'of another model'),
+    (lambda r: r.pop('sets'), 'is no report.json'),
+    (lambda r: r['sets']['samples']['mask'].pop('miou_present'), 'is no report.json'),
+  ],
+)
+def test_figures_of_another_model_are_refused(model, tmp_path, change, message):
+  checksums = json.loads((model / 'config.json').read_text())['sha256']
+  report = json.loads(json.dumps(REPORT))
+  report['subject'] = {f'{name}_sha256': value for name, value in checksums.items()}
+  change(report)
+  (tmp_path / 'report.json').write_text(json.dumps(report))
+  options = {'dtype': 'float16', 'evaluation': tmp_path / 'report.json'}
+  with pytest.raises(UserError, match=message):
+    convert.convert(model, tmp_path / 'half', 'p2ldm', 'p2ldm', **options)
+  assert not (tmp_path / 'half').exists()

@@ -23,8 +23,8 @@ def model_card(config: Mapping) -> str:
   """Markdown from the config of a model directory.
 
   What it reads of `config["provenance"]`, all of it optional: "data_set" (where the faces came from),
-  "embedded" (whether they were the project's own drawings), "split_scheme", "faces" ({split: number}),
-  "figures" ({name: value}) and "protocol" (how they were measured). All entries but the figures stand
+  "command" (that trained it), "embedded" (whether they were the project's own drawings), "split_scheme",
+  "faces" ({split: number}), "figures" ({name: value}) and "protocol" (how they were measured). All entries but the figures stand
   in the table of provenance as well.
 
   Args:
@@ -82,6 +82,8 @@ def _data(provenance) -> str:
   if isinstance(faces, Mapping) and faces:
     counts = ', '.join(f'{_cell(count)} {split}' for split, count in faces.items())
     lines.append(f'Faces: {counts}.')
+  if provenance.get('command'):
+    lines.append(f'Trained by `{provenance["command"]}`.')
   if 'split_scheme' in provenance:
     lines.append(f'Split: {provenance["split_scheme"]}.')
   return '## Training data\n\n' + ' '.join(lines)
