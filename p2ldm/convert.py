@@ -51,8 +51,8 @@ def convert(
       autoencoder alone.
     num_images: how many of them.
     dtype: of the weights of a model directory, 'float32' or 'float16'.
-    evaluation: report.json of `python -m p2ldm.evaluate` on the source, a model directory; its figures go into
-      the model card.
+    evaluation: report.json of `python -m p2ldm.evaluate` on the source, a model directory; its figures go
+      into the model card.
     command: that trained the model, for the card.
     **export: of `stablehlo.export`.
 
@@ -72,7 +72,8 @@ def convert(
     raise UserError(f'--from and --to are both {read}: there is nothing to convert.')
   if write != 'p2ldm' and (dtype != 'float32' or evaluation or command):
     raise UserError(
-      f'--dtype, --evaluation and --command are for --to=p2ldm; {write} is written in float32, without a card.'
+      '--dtype, --evaluation and --command are for --to=p2ldm; '
+      f'{write} is written in float32, and without a card.'
     )
   dest = storage.as_path(dest).expanduser()
   storage.check_absent(dest)

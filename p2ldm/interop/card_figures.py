@@ -35,8 +35,8 @@ def read(path, checksums: Mapping[str, str] | None) -> dict:
     text = (
       f'{protocol["num_samples"]:,} samples for conditions of the split {data["split"]} of '
       f'{data["directory"]}, {protocol["sampler"]} with {protocol["steps"]} steps, guidance '
-      f'{protocol["attributes_scale"]:g} (attributes) and {protocol["mask_scale"]:g} (mask). In brackets what '
-      'parser and classifier find in the real faces of these conditions: the most that can be had.'
+      f'{protocol["attributes_scale"]:g} (attributes) and {protocol["mask_scale"]:g} (mask). In brackets '
+      'what parser and classifier find in the real faces of these conditions: the most that can be had.'
     )
   except (KeyError, TypeError, AttributeError) as error:
     raise UserError(

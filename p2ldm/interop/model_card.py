@@ -24,8 +24,8 @@ def model_card(config: Mapping) -> str:
 
   What it reads of `config["provenance"]`, all of it optional: "data_set" (where the faces came from),
   "command" (that trained it), "embedded" (whether they were the project's own drawings), "split_scheme",
-  "faces" ({split: number}), "figures" ({name: value}) and "protocol" (how they were measured). All entries but the figures stand
-  in the table of provenance as well.
+  "faces" ({split: number}), "figures" ({name: value}) and "protocol" (how they were measured). All entries
+  but the figures stand in the table of provenance as well.
 
   Args:
     config: the content of config.json, "sha256" included.
