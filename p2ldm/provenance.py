@@ -255,9 +255,9 @@ def mask_of(fields: Mapping, name: str = 'mask') -> np.ndarray | None:
   Raises:
     UserError: it is damaged.
   """
-  if fields.get(f'{name}_sha256') is None:
-    return None
   try:
+    if fields[f'{name}_sha256'] is None:
+      return None
     with Image.open(io.BytesIO(base64.b64decode(fields[f'{name}_png'], validate=True))) as image:
       mask = np.asarray(image.convert('L'))
   except _NO_MASK as error:

@@ -87,7 +87,7 @@ def test_faces_are_those_of_the_pipeline_and_say_how_they_were_made(client, draw
     assert provenance.verify(tmp_path / 'face.png', lambda: pipeline)[0]
   found = provenance.read(tmp_path / 'face.png')
   assert found['request']['attributes'] == {'Smiling': 1, 'Wearing_Hat': -1}
-  np.testing.assert_array_equal(provenance.mask_of(found), MASK)
+  np.testing.assert_array_equal(provenance.mask_of(found['request']), MASK)
 
 
 def test_progress_is_told_while_it_goes_on(client):

@@ -184,7 +184,7 @@ def test_paint_set_draw_vary_download_and_read_back(page, client):
   assert page.driver.execute_script(width, faces[0].find_element(By.TAG_NAME, 'img')) == 16
   found = provenance.read(page.download(faces[1]))
   assert found['request']['attributes'] == {'Smiling': 1, 'Eyeglasses': -1}
-  np.testing.assert_array_equal(provenance.mask_of(found), mask)
+  np.testing.assert_array_equal(provenance.mask_of(found['request']), mask)
   varied = page.draw('.p2-actions button')
   file = page.download(varied[0])
   good, text = provenance.verify(file, lambda: client.drawer.pipeline)
