@@ -81,7 +81,7 @@ def draw(
 
 
 def verify(path, model=None, source=None):
-  """Prints whether a picture is what it says; ends with status 1 if it is not.
+  """Prints whether a picture is what its manifest and its record say; ends with status 1 if it is not.
 
   Args:
     path: of the picture.
