@@ -39,7 +39,6 @@ from p2ldm.data.prepared import open_dataset
 from p2ldm.errors import UserError
 from p2ldm.interop import model_directory
 from p2ldm.pipeline import Pipeline
-from p2ldm.web import studio
 
 MASK = np.array([[0, 1], [2, 255]], np.uint8).repeat(8, 0).repeat(8, 1)
 KEYS = {
@@ -620,7 +619,14 @@ def test_synthesize_signs_every_image_and_goes_on_with_the_same_certificate_only
       assert secret not in path.read_bytes()
 
 
-def test_what_the_page_offers_is_signed(signer):
-  head, data = studio.png_url(picture(), signer).split(',')
-  assert head == 'data:image/png;base64'
-  assert judged(base64.b64decode(data))['validation_state'] == 'Trusted'
+def test_what_the_page_draws_and_varies_is_signed(signer, tmp_path):
+  pytest.importorskip('gradio', reason="the page needs Gradio: pip install 'p2ldm[demo]'")
+  import tiny_page
+
+  with tiny_page.served(tmp_path, signer=signer) as client:
+    drawn = client.ask('draw', list(tiny_page.GOOD))['output']['data'][1]['faces']
+    varied = client.ask('vary', [1], {'url': drawn[0]['url']})['output']['data'][1]['faces']
+  for face in (*drawn, *varied):
+    head, data = face['url'].split(',')
+    assert head == 'data:image/png;base64'
+    assert judged(base64.b64decode(data))['validation_state'] == 'Trusted'
