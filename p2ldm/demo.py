@@ -13,7 +13,7 @@ machine, whose place is printed; --usage_log='' leaves that out.
 
 from absl import flags
 
-from p2ldm import errors, runtime, storage, usage
+from p2ldm import errors, manifests, runtime, storage, usage
 from p2ldm.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -24,9 +24,11 @@ def main(model=None):
   # What takes long to import comes here: --help and a bad flag need not wait for it.
   from p2ldm.interop.packaged import model_path
 
+  signer = manifests.load(FLAGS.c2pa_certificate, FLAGS.c2pa_key, FLAGS.c2pa_timestamp_url)
   model = model_path(model)
   log = usage.UsageLog(FLAGS.usage_log)
-  page, drawer = load(model, log, FLAGS.parser, FLAGS.max_images, FLAGS.max_steps, FLAGS.max_queue)
+  limits = (FLAGS.max_images, FLAGS.max_steps, FLAGS.max_queue)
+  page, drawer = load(model, log, FLAGS.parser, *limits, signer)
   from p2ldm.web.page import launch
 
   if log.path:
@@ -36,7 +38,15 @@ def main(model=None):
   page.block_thread()
 
 
-def load(model, log: usage.UsageLog, parser=None, max_images=8, max_steps=100, max_queue=32):
+def load(
+  model,
+  log: usage.UsageLog,
+  parser=None,
+  max_images=8,
+  max_steps=100,
+  max_queue=32,
+  signer: manifests.Signer | None = None,
+):
   """The page of a model, and the studio that draws for it.
 
   Args:
@@ -45,6 +55,7 @@ def load(model, log: usage.UsageLog, parser=None, max_images=8, max_steps=100, m
     parser: folder with a parser; None looks where the model has one, '' takes none.
     max_images, max_steps: of one request.
     max_queue: requests that may wait.
+    signer: signs what is drawn.
 
   Raises:
     UserError: Gradio is not installed, or the model or the parser cannot be read.
@@ -64,7 +75,7 @@ def load(model, log: usage.UsageLog, parser=None, max_images=8, max_steps=100, m
   runtime.prepare()
   pipeline = Pipeline.from_pretrained(model)
   limits = Limits(images=max_images, steps=max_steps, queue=max_queue)
-  drawer = Studio(pipeline, limits, log, _parser(parser, model, pipeline))
+  drawer = Studio(pipeline, limits, log, _parser(parser, model, pipeline), signer)
   about = model_card.section(model_directory.find(model) / 'README.md', 'Intended use')
   examples = example_masks(pipeline.schema, pipeline.image_size)
   return page.build(drawer, examples, about, log.path), drawer
@@ -100,6 +111,8 @@ def define_flags():
   flags.DEFINE_string(
     'usage_log', str(usage.default_path()), "Where what is asked is noted; '' for nowhere."
   )
+  for name, text in manifests.FLAGS.items():
+    flags.DEFINE_string(name, None, text)
 
 
 if __name__ == '__main__':

@@ -27,11 +27,12 @@ and, with --evaluators, whether the change took. Every edit carries how it was m
 a log on this machine, whose place is printed; --usage_log='' leaves that out.
 """
 
+import pathlib
 import re
 
 from absl import flags
 
-from p2ldm import errors, runtime, storage, usage
+from p2ldm import errors, manifests, runtime, storage, usage
 from p2ldm.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -56,6 +57,7 @@ def edit(
   evaluators=None,
   overwrite=False,
   log=None,
+  signer=None,
 ) -> dict:
   """Edits an image and writes edits, a comparison and a report into a folder.
 
@@ -75,6 +77,7 @@ def edit(
     evaluators: workdir with a parser, a classifier or both; None takes those of the model's run.
     overwrite: replaces what an earlier call left in `out`; other files there stay.
     log: `usage.UsageLog`.
+    signer: `manifests.Signer` that signs the pictures, None for none.
 
   Returns:
     What report.json holds.
@@ -138,11 +141,13 @@ def edit(
   def earlier():
     return filter(_OURS.fullmatch, [path.name for path in out.iterdir()] if out.exists() else [])
 
+  original = pathlib.Path(image).expanduser()
+  pictures = {f'{i:03d}.png': picture for i, picture in enumerate(edited)}
+  pictures['comparison.png'] = edit_report.comparison(pipeline, source, asked, edits, edited)
   try:
     with storage.new_files(out, last='report.json', remove=earlier) as work:
-      for i, picture in enumerate(edited):
-        picture.save(work / f'{i:03d}.png')
-      edit_report.comparison(pipeline, source, asked, edits, edited).save(work / 'comparison.png')
+      for name, picture in pictures.items():
+        (work / name).write_bytes(manifests.png(picture, signer, original))
       storage.write_json(work / 'report.json', report)
   except OSError as error:
     raise UserError(f'Cannot write {out}: {error.strerror or error}.') from error
@@ -222,6 +227,8 @@ def define_flags():
   flags.DEFINE_string(
     'usage_log', str(usage.default_path()), "Where what is asked is noted; '' for nowhere."
   )
+  for name, text in manifests.FLAGS.items():
+    flags.DEFINE_string(name, None, text)
 
 
 def main(model=None):
@@ -238,12 +245,13 @@ def main(model=None):
   settings['guidance_interval'] = read_interval(FLAGS.guidance_interval)
   names = ('attributes', 'mask', 'source_attributes', 'source_mask', 'region', 'grow', 'hold_mask')
   names += ('num_images', 'batch_size', 'evaluators', 'overwrite')
+  signer = manifests.load(FLAGS.c2pa_certificate, FLAGS.c2pa_key, FLAGS.c2pa_timestamp_url)
   log = usage.UsageLog(FLAGS.usage_log)
   if log.path:
     print(f'What is asked for is noted in {log.path}.')
   options = {name: FLAGS[name].value for name in names}
   runtime.prepare()
-  edit(model, FLAGS.image, FLAGS.out, settings, log=log, **options)
+  edit(model, FLAGS.image, FLAGS.out, settings, log=log, signer=signer, **options)
 
 
 if __name__ == '__main__':

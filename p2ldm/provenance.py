@@ -64,6 +64,7 @@ _XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
  </rdf:RDF>
 </x:xmpmeta>
 <?xpacket end="r"?>"""
+_QUOTE = {'"': '&quot;'}
 _NO_MASK = (KeyError, TypeError, ValueError, OSError, SyntaxError, Image.DecompressionBombError)
 _IN_XMP = re.compile(r'p2ldm:record=("[^"]*"|\'[^\']*\')')
 
@@ -214,7 +215,8 @@ def xmp(record: Mapping) -> str:
   return _XMP.format(
     tool=saxutils.quoteattr(record['generator']),
     source=saxutils.quoteattr(source_type(record)),
-    record=saxutils.quoteattr(_json(record)),
+    # quoteattr would take single quotes, and c2pa cannot add to a packet with quotes inside of quotes.
+    record=f'"{saxutils.escape(_json(record), _QUOTE)}"',
     description=saxutils.escape(description(record)),
   )
 

@@ -12,8 +12,9 @@ everything in it is complete. To see what a model knows:
 
   python -m p2ldm.sample --list
 
-Every picture carries how it was made. To read that back, to see whether the picture was changed since and,
-with --model ('packaged' is the one of the package), to draw it again and compare:
+Every picture carries how it was made, and with --c2pa_certificate and --c2pa_key a signed C2PA manifest. To
+read that back, to see whether the picture was changed since and, with --model ('packaged' is the one of the
+package), to draw it again and compare:
 
   python -m p2ldm.sample --verify=samples/000.png --model=packaged
 
@@ -26,7 +27,7 @@ import re
 
 from absl import flags
 
-from p2ldm import errors, runtime, storage
+from p2ldm import errors, manifests, runtime, storage
 from p2ldm.data.labels import UNSPECIFIED, UNSPECIFIED_COLOR, LabelSchema
 from p2ldm.errors import UserError
 
@@ -34,7 +35,9 @@ _GRID_FACES = 64  # in grid.png, at most
 _OURS = re.compile(r'\d{3,}\.png|grid\.png')
 
 
-def draw(model, out, attributes=None, mask=None, num_images=8, overwrite=False, **options):
+def draw(
+  model, out, attributes=None, mask=None, num_images=8, overwrite=False, signer=None, **options
+):
   """Draws faces into a folder.
 
   Args:
@@ -43,6 +46,7 @@ def draw(model, out, attributes=None, mask=None, num_images=8, overwrite=False, 
     attributes, mask: in any form that `Pipeline.sample_latents` takes, of one row.
     num_images: how many faces.
     overwrite: replaces the pictures that an earlier call left in `out`; other files there stay.
+    signer: `manifests.Signer` that signs the pictures, None for none.
     **options: of `Pipeline.sample_latents`.
 
   Raises:
@@ -67,16 +71,17 @@ def draw(model, out, attributes=None, mask=None, num_images=8, overwrite=False, 
   try:
     with storage.new_files(out, last='grid.png', remove=earlier) as work:
       for i, face in enumerate(faces):
-        face.save(work / f'{i:03d}.png')
+        (work / f'{i:03d}.png').write_bytes(manifests.png(face, signer))
       grid = _grid(pipeline, faces, attributes, mask)
       records = [face.record for face in faces]
-      provenance.GeneratedImage.of(grid, provenance.grid_record(records)).save(work / 'grid.png')
+      grid = provenance.GeneratedImage.of(grid, provenance.grid_record(records))
+      (work / 'grid.png').write_bytes(manifests.png(grid, signer))
   except OSError as error:
     raise UserError(f'Cannot write {out}: {error.strerror or error}.') from error
 
 
 def verify(path, model=None, source=None):
-  """Prints whether a picture is what it says; ends with status 1 if it is not.
+  """Prints whether a picture is what its manifest and its record say; ends with status 1 if it is not.
 
   Args:
     path: of the picture.
@@ -99,9 +104,11 @@ def verify(path, model=None, source=None):
       return editing.redraw(pipeline, record, pathlib.Path(source).expanduser())
     return provenance.redraw(pipeline, record)
 
+  signed, found = manifests.check(path)
+  print(found)  # first: of a damaged file it may be all that can be said
   good, found = provenance.verify(path, load if model else None, draw_again)
   print(found)
-  if not good:
+  if not (good and signed):
     raise SystemExit(1)
 
 
@@ -208,6 +215,8 @@ def define_flags():
     'verify', None, 'Read back how this picture was made; with --model, draw it again and compare.'
   )
   flags.DEFINE_string('source', None, 'With --verify of an edit: the image that was edited.')
+  for name, text in manifests.FLAGS.items():
+    flags.DEFINE_string(name, None, text)
   flags.DEFINE_boolean('list', False, "Print the model's attributes and classes, and draw nothing.")
 
 
@@ -220,6 +229,7 @@ def main():
   if values.list:
     print(describe(values.model))
     return
+  signer = manifests.load(values.c2pa_certificate, values.c2pa_key, values.c2pa_timestamp_url)
   runtime.prepare()
   draw(
     values.model,
@@ -228,6 +238,7 @@ def main():
     pathlib.Path(values.mask).expanduser() if values.mask else None,
     values.num_images,
     values.overwrite,
+    signer,
     seed=values.seed,
     steps=values.steps,
     guidance={'attributes': values.attributes_scale, 'mask': values.mask_scale},

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from p2ldm import interruptions, storage
+from p2ldm import interruptions, manifests, storage
 from p2ldm.data.labels import UNSPECIFIED
 from p2ldm.data.prepared import PreparedDataset, ordered_batches
 from p2ldm.errors import UserError
@@ -158,6 +158,7 @@ def synthesize(
   classifier: Classifier | None = None,
   max_draws: float = 20.0,
   note=lambda **what: None,
+  signer: manifests.Signer | None = None,
 ) -> dict:
   """Draws faces until `num` of them are kept, and writes them as a raw data set.
 
@@ -170,6 +171,7 @@ def synthesize(
     parser, classifier: judge masks and attributes; None lets all pass.
     max_draws: faces drawn for each that is wanted, at most.
     note: called once a batch with what was drawn, for a log.
+    signer: signs the images.
 
   Returns:
     What REPORT holds: settings, model, data set, how many were drawn and kept, and by attribute.
@@ -190,6 +192,7 @@ def synthesize(
     'model': {'name': pipeline.name, 'weights_sha256': pipeline.config.get('sha256')},
     'conditions': {'directory': str(dataset.directory), 'fingerprint': dataset.fingerprint},
     'judged_by': judge.about(),
+    **({'signed_by': signer.about} if signer else {}),
   }
   with _Workspace(out, fixed) as work:
     with tqdm(total=num, initial=min(num, len(work.kept)), desc='kept', unit='face') as bar:
@@ -202,7 +205,7 @@ def synthesize(
             'longer, or raise --max_draws. What was kept so far serves the same command again.'
           )
         before = len(work.kept)
-        _draw_batch(pipeline, conditions, judge, settings, work, takes)
+        _draw_batch(pipeline, conditions, judge, settings, work, takes, signer)
         note(drawn=settings.batch_size, kept=len(work.kept) - before, first=work.drawn)
         bar.update(min(num, len(work.kept)) - before)
         bar.set_postfix_str(f'{len(work.kept)} of {work.drawn} drawn')
@@ -217,7 +220,7 @@ def synthesize(
   return report
 
 
-def _draw_batch(pipeline, conditions, judge, settings, work, takes):
+def _draw_batch(pipeline, conditions, judge, settings, work, takes, signer):
   first = work.drawn
   attributes, masks = conditions(np.arange(first, first + settings.batch_size))
   faces = pipeline(
@@ -237,7 +240,7 @@ def _draw_batch(pipeline, conditions, judge, settings, work, takes):
   for face, vector, mask, passed in zip(faces, attributes, masks, good, strict=True):
     if passed:
       name = work.name(len(rows))
-      face.save(work.folder / IMAGES / f'{name}.png')
+      (work.folder / IMAGES / f'{name}.png').write_bytes(manifests.png(face, signer))
       if takes['mask']:
         Image.fromarray(mask).save(work.folder / MASKS / f'{name}.png')
       rows.append({'name': name, 'attributes': vector.tolist()})
@@ -312,8 +315,8 @@ class _Workspace:
     path = self.folder / _SETTINGS
     if path.exists() and storage.read_json(path) != json.loads(json.dumps(self._fixed)):
       raise UserError(
-        f'{self.folder} holds faces of an earlier call for {self._out} with other settings, model or '
-        'data. Give the same again to go on, another --out, or remove that folder.'
+        f'{self.folder} holds faces of an earlier call for {self._out} with other settings, model, data '
+        'or certificate. Give the same again to go on, another --out, or remove that folder.'
       )
     storage.write_json(path, self._fixed)
     self._file.seek(0)

@@ -19,7 +19,7 @@ import dataclasses
 
 from absl import flags
 
-from p2ldm import errors, runtime, storage, usage
+from p2ldm import errors, manifests, runtime, storage, usage
 from p2ldm.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -42,6 +42,7 @@ def main(model=None):
   from p2ldm.synthesis import Settings, synthesize
 
   storage.check_absent(storage.as_path(FLAGS.out).expanduser())
+  signer = manifests.load(FLAGS.c2pa_certificate, FLAGS.c2pa_key, FLAGS.c2pa_timestamp_url)
   log = usage.UsageLog(FLAGS.usage_log)
   if log.path:
     print(f'What is asked for is noted in {log.path}.')
@@ -74,6 +75,7 @@ def main(model=None):
     classifier,
     max_draws=FLAGS.max_draws,
     note=lambda **what: log.add('synthesized', out=str(FLAGS.out), **what),
+    signer=signer,
   )
   print(
     f'{report["faces"]} faces in {FLAGS.out}, of {report["drawn"]} drawn. To prepare them: python -m '
@@ -113,6 +115,8 @@ def define_flags():
   flags.DEFINE_string(
     'usage_log', str(usage.default_path()), "Where what is asked is noted; '' for nowhere."
   )
+  for name, text in manifests.FLAGS.items():
+    flags.DEFINE_string(name, None, text)
 
 
 if __name__ == '__main__':

@@ -503,7 +503,8 @@ def test_a_build_without_a_model_says_so(monkeypatch, tmp_path):
 def test_the_command_says_where_the_page_and_the_log_are(client, monkeypatch, tmp_path, capsys):
   flags = types.SimpleNamespace(
     usage_log=str(tmp_path / 'log' / 'usage.jsonl'), parser='', max_images=2, max_steps=5,
-    max_queue=1, host='127.0.0.1', port=None,
+    max_queue=1, host='127.0.0.1', port=None, c2pa_certificate=None, c2pa_key=None,
+    c2pa_timestamp_url=None,
   )  # fmt: skip
   monkeypatch.setattr(demo, 'FLAGS', flags)
   pages = []

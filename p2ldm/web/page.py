@@ -69,10 +69,10 @@ def build(drawer: Studio, examples, about: str = '', log_path=None) -> gr.Blocks
         gr.Markdown(about)
 
     def on_draw(*values):
-      yield from _shown(lambda: drawer.draw(*values))
+      yield from _shown(lambda: drawer.draw(*values), drawer.signer)
 
     def on_vary(number, event: gr.EventData):
-      yield from _shown(lambda: drawer.vary(_url(event), number))
+      yield from _shown(lambda: drawer.vary(_url(event), number), drawer.signer)
 
     for listen, function, inputs, name in (
       (draw.click, on_draw, [mask, attributes, *settings, count], 'draw'),
@@ -138,15 +138,15 @@ def launch(page: gr.Blocks, drawer: Studio, host: str, port: int | None) -> str:
   return local
 
 
-def _shown(start) -> Iterator[tuple]:
-  """What a request yields, for the progress bar and the results; errors in words."""
+def _shown(start, signer) -> Iterator[tuple]:
+  """What a request yields, for the progress bar and the results, signed; errors in words."""
   try:
     for state in start():
       faces = state.pop('faces', None)
       if faces is None:
         yield state, gr.skip()
       else:
-        shown = _set_of_faces(faces, state['seconds'])
+        shown = _set_of_faces(faces, state['seconds'], signer)
         yield {'state': 'done', 'text': f'Done in {state["seconds"]:.1f} s.'}, shown
   except UserError as error:
     yield {'state': 'refused', 'text': str(error)}, gr.skip()
@@ -164,7 +164,7 @@ def _url(event: gr.EventData):
   return data.get('url') if isinstance(data, dict) else None
 
 
-def _set_of_faces(faces, seconds: float) -> dict:
+def _set_of_faces(faces, seconds: float, signer) -> dict:
   """What results.js shows of the faces of one request."""
   first = faces[0].record
   request, asked_for = first['request'], studio.describe(first)
@@ -176,7 +176,7 @@ def _set_of_faces(faces, seconds: float) -> dict:
     'note': f'{request["steps"]} steps, guidance {scales}, {seconds:.1f} s',
     'faces': [
       {
-        'url': studio.png_url(face),
+        'url': studio.png_url(face, signer),
         'file': f'p2ldm_{studio.caption(face.record).replace(", ", "_").replace(" ", "")}.png',
         'caption': studio.caption(face.record),
         'alt': f'Generated face, {studio.caption(face.record)}: {asked_for}',

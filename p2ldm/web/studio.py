@@ -10,9 +10,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
-from PIL import Image
 
-from p2ldm import conditions, provenance
+from p2ldm import conditions, manifests, provenance
 from p2ldm.data.labels import UNSPECIFIED
 from p2ldm.errors import UserError
 from p2ldm.usage import UsageLog
@@ -32,9 +31,10 @@ class Studio:
     pipeline: draws.
     parser: an `evaluation.evaluators.Parser` that reads masks from photographs, or None.
     limits: of what one visitor may ask for.
+    signer: a `manifests.Signer` for what is drawn, or None.
   """
 
-  def __init__(self, pipeline, limits: Limits, log: UsageLog, parser=None):
+  def __init__(self, pipeline, limits: Limits, log: UsageLog, parser=None, signer=None):
     """Takes the parts.
 
     Raises:
@@ -43,7 +43,7 @@ class Studio:
     if parser is not None:
       parser.check_schema(pipeline.schema, 'the model')
       parser.check_image_size(pipeline.image_size, 'the images of the model')
-    self.pipeline, self.parser, self.limits = pipeline, parser, limits
+    self.pipeline, self.parser, self.limits, self.signer = pipeline, parser, limits, signer
     self._log = log
     self._lock = threading.Lock()  # a visitor who leaves does not stop what goes on
 
@@ -149,11 +149,9 @@ class Studio:
       ) from error
 
 
-def png_url(image: Image.Image) -> str:
-  """A picture as a data URL of the PNG that `save` writes, with its record."""
-  buffer = io.BytesIO()
-  image.save(buffer, 'PNG')
-  return f'data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'
+def png_url(image: provenance.GeneratedImage, signer: manifests.Signer | None = None) -> str:
+  """A picture as a data URL of its PNG, with its record, signed if there is a signer."""
+  return f'data:image/png;base64,{base64.b64encode(manifests.png(image, signer)).decode()}'
 
 
 def base64_of(mask: np.ndarray) -> str:
