@@ -87,23 +87,13 @@ def edit(
   """
   # JAX is imported here: --help and a bad flag need not wait for it.
   from p2ldm import edit_inputs, editing
-  from p2ldm.evaluation.evaluators import load_classifier, load_parser
-  from p2ldm.evaluation.instruments import find_evaluators
-  from p2ldm.interop.packaged import model_path
   from p2ldm.models.perceptual import load_lpips
-  from p2ldm.pipeline import Pipeline
   from p2ldm.reports import edit_report
   from p2ldm.sample import check_out
 
   out = storage.as_path(out).expanduser()
   check_out(out, overwrite)
-  model = model_path(model)
-  pipeline, found = Pipeline.from_pretrained(model), find_evaluators(evaluators, model)
-  parser = load_parser(found['parser']) if 'parser' in found else None
-  classifier = load_classifier(found['classifier']) if 'classifier' in found else None
-  for evaluator in filter(None, (parser, classifier)):
-    evaluator.check_schema(pipeline.schema, 'the model')
-    evaluator.check_image_size(pipeline.image_size, 'those of the model')
+  pipeline, parser, classifier = _load(model, evaluators)
   source = edit_inputs.read_source(
     image, pipeline, source_attributes, source_mask, classifier, parser
   )
@@ -137,22 +127,45 @@ def edit(
   report = edit_report.make(
     pipeline, source, asked, settings, edits, load_lpips(), parser, classifier
   )
+  pictures = {f'{i:03d}.png': picture for i, picture in enumerate(edited)}
+  pictures['comparison.png'] = edit_report.comparison(pipeline, source, asked, edits, edited)
+  original = pathlib.Path(image).expanduser()
+  files = {name: manifests.png(picture, signer, original) for name, picture in pictures.items()}
+  _write(out, files, report)
+  print('\n'.join(edit_report.lines(report)))
+  return report
+
+
+def _load(model, evaluators):
+  """The pipeline, the parser and the classifier; None for one that there is not."""
+  from p2ldm.evaluation.evaluators import load_classifier, load_parser
+  from p2ldm.evaluation.instruments import find_evaluators
+  from p2ldm.interop.packaged import model_path
+  from p2ldm.pipeline import Pipeline
+
+  model = model_path(model)
+  pipeline, found = Pipeline.from_pretrained(model), find_evaluators(evaluators, model)
+  parser = load_parser(found['parser']) if 'parser' in found else None
+  classifier = load_classifier(found['classifier']) if 'classifier' in found else None
+  for evaluator in filter(None, (parser, classifier)):
+    evaluator.check_schema(pipeline.schema, 'the model')
+    evaluator.check_image_size(pipeline.image_size, 'those of the model')
+  return pipeline, parser, classifier
+
+
+def _write(out: storage.Path, files: dict[str, bytes], report: dict):
+  """Puts pictures and report.json into a folder in place of what an earlier call left there."""
 
   def earlier():
     return filter(_OURS.fullmatch, [path.name for path in out.iterdir()] if out.exists() else [])
 
-  original = pathlib.Path(image).expanduser()
-  pictures = {f'{i:03d}.png': picture for i, picture in enumerate(edited)}
-  pictures['comparison.png'] = edit_report.comparison(pipeline, source, asked, edits, edited)
   try:
     with storage.new_files(out, last='report.json', remove=earlier) as work:
-      for name, picture in pictures.items():
-        (work / name).write_bytes(manifests.png(picture, signer, original))
+      for name, file in files.items():
+        (work / name).write_bytes(file)
       storage.write_json(work / 'report.json', report)
   except OSError as error:
     raise UserError(f'Cannot write {out}: {error.strerror or error}.') from error
-  print('\n'.join(edit_report.lines(report)))
-  return report
 
 
 def define_flags():

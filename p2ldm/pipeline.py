@@ -9,14 +9,12 @@ batch size differently).
 """
 
 import contextlib
-import inspect
 import itertools
 from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 from PIL import Image
 from tqdm import tqdm
 
@@ -88,10 +86,10 @@ class Pipeline:
     self.latent_shape = (side, side, self._denoiser.latent_channels)
     self._compiled: dict[tuple, Callable] = {}  # samplers, by everything that is static in them
     self._tick = lambda: None  # called by running samplers, once a step
-    self._encode = _OverBatch(self._encode_fn, self._mesh, 1)
-    self._decode = _OverBatch(self._decode_fn, self._mesh, 1)
-    self._reconstruct = _OverBatch(self._reconstruct_fn, self._mesh, 1)
-    self._denoise = _OverBatch(self._denoise_fn, self._mesh, 4)
+    self._encode = sharding.OverBatch(self._encode_fn, self._mesh, 1)
+    self._decode = sharding.OverBatch(self._decode_fn, self._mesh, 1)
+    self._reconstruct = sharding.OverBatch(self._reconstruct_fn, self._mesh, 1)
+    self._denoise = sharding.OverBatch(self._denoise_fn, self._mesh, 4)
 
   @classmethod
   def from_pretrained(cls, directory, dtype: str = 'auto', mesh=None) -> 'Pipeline':
@@ -413,7 +411,7 @@ class Pipeline:
       batched: how many.
     """
     if key not in self._compiled:
-      self._compiled[key] = _OverBatch(function, self._mesh, batched)
+      self._compiled[key] = sharding.OverBatch(function, self._mesh, batched)
     return self._compiled[key]
 
   def parts(self, rows: int) -> int:
@@ -460,35 +458,6 @@ class Pipeline:
       self._tick = _counter(progress, total) if callable(progress) else bar.update
       yield
       jax.effects_barrier()
-
-
-class _OverBatch:
-  """A jitted function; the devices share its rows where they divide them, each with a program of its own."""
-
-  def __init__(self, function: Callable, mesh, batched: int):
-    """Args: the last `batched` arguments and all results lead with the batch axis."""
-    self._whole, self._mesh = jax.jit(function), mesh
-    rows = PartitionSpec(mesh.axis_names)
-    fixed = len(inspect.signature(function).parameters) - batched
-    specs = (PartitionSpec(),) * fixed + (rows,) * batched
-    self._shared = jax.jit(
-      jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
-    )
-
-  def parts(self, rows: int) -> int:
-    """Into how many parts a batch of so many rows is split."""
-    return self._mesh.size if rows % self._mesh.size == 0 else 1
-
-  def __call__(self, *arguments):
-    """Calls it."""
-    return self._chosen(arguments)(*arguments)
-
-  def eval_shape(self, *arguments):
-    """The shapes of the results."""
-    return self._chosen(arguments).eval_shape(*arguments)
-
-  def _chosen(self, arguments):
-    return self._shared if self.parts(len(arguments[-1])) > 1 else self._whole
 
 
 def _fetched(results):

@@ -1,6 +1,8 @@
 """Where arrays live: a (data, fsdp) mesh, state sharded over fsdp, batches over both axes."""
 
 import functools
+import inspect
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -163,3 +165,32 @@ def gather(tree):
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
   return jax.tree.map(whole, tree)
+
+
+class OverBatch:
+  """A jitted function; the devices share its rows where they divide them, each with a program of its own."""
+
+  def __init__(self, function: Callable, mesh, batched: int):
+    """Args: the last `batched` arguments and all results lead with the batch axis."""
+    self._whole, self._mesh = jax.jit(function), mesh
+    rows = PartitionSpec(mesh.axis_names)
+    fixed = len(inspect.signature(function).parameters) - batched
+    specs = (PartitionSpec(),) * fixed + (rows,) * batched
+    self._shared = jax.jit(
+      jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
+    )
+
+  def parts(self, rows: int) -> int:
+    """Into how many parts a batch of so many rows is split."""
+    return self._mesh.size if rows % self._mesh.size == 0 else 1
+
+  def __call__(self, *arguments):
+    """Calls it."""
+    return self._chosen(arguments)(*arguments)
+
+  def eval_shape(self, *arguments):
+    """The shapes of the results."""
+    return self._chosen(arguments).eval_shape(*arguments)
+
+  def _chosen(self, arguments):
+    return self._shared if self.parts(len(arguments[-1])) > 1 else self._whole
