@@ -146,11 +146,14 @@ def _batches(
 
   def decode(record, flip):
     example = features.deserialize_example(record)
-    image = tf.cast(example['image'], tf.float32) / 127.5 - 1.0
-    mask = example['mask'][..., 0]
-    example['image'] = tf.where(flip, image[:, ::-1], image)
-    example['mask'] = tf.where(flip, tf.gather(flip_table, tf.cast(mask, tf.int32))[:, ::-1], mask)
+    image, mask = example['image'], example['mask'][..., 0]
+    image, mask = tf.cond(flip, lambda: mirrored(image, mask), lambda: (image, mask))
+    example['image'] = tf.cast(image, tf.float32) / 127.5 - 1.0
+    example['mask'] = mask
     return {key: example[key] for key in keys}
+
+  def mirrored(image, mask):
+    return image[:, ::-1], tf.gather(flip_table, tf.cast(mask, tf.int32))[:, ::-1]
 
   def rows(indices, flips, serialized):
     serialized.set_shape([None])
