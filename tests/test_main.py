@@ -282,7 +282,7 @@ def test_a_data_set_of_another_size_is_refused(prepared_faces, tmp_path):
   [
     ([], '--config'),
     (['--config=configs/nope.py'], 'configs/nope.py'),
-    (['--config=configs/multi.py:big'], 'there are: tiny, faces64'),
+    (['--config=configs/multi.py:big'], 'there are: tiny, packaged, faces64'),
     (['--config=configs/multi.py', '--config.denoiser.unet.chanels=3'], 'Did you mean "channels"'),
     (['--config=configs/multi.py', '--config.seed=abc'], 'config.seed=abc'),
     (['--config=configs/multi.py', '--wrkdir=x'], 'wrkdir'),

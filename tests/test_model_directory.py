@@ -167,7 +167,7 @@ def test_one_flipped_bit(model):
     ),
     (
       lambda t: t.update({'time_in.bias': np.zeros(256, np.float64)}),
-      'float32',
+      'weights are F32 or F16',
     ),
   ],
 )
