@@ -11,21 +11,29 @@ def get_config(variant: str = ''):
   config.evaluators.parser.training.num_steps = 800
   config.evaluators.classifier.training.num_steps = 600
   config.autoencoder.training.num_steps = 400
-  config.diffusion.training.num_steps = 1_500
+  config.diffusion.training.num_steps = 800
   for training in variants.trainings(config):
     training.update(
       {
         'warmup_steps': 50,
         'ema_decay': 0.995,
         'log_every': 20,
-        'evaluate_every': 250,
-        'sample_every': 500,
-        'checkpoint_every': 250,
+        'evaluate_every': 200,
+        'sample_every': 800,
+        'checkpoint_every': 200,
         'evaluation_faces': 150,
       }
     )
-  config.probe.update({'every': 500, 'num_faces': 32})
-  config.evaluation.update({'num_samples': 400, 'frechet': False, 'kernel_subset_size': 150})
+  config.probe.update({'every': 400, 'num_faces': 16})
+  config.evaluation.update(
+    {
+      'num_samples': 200,
+      'samples_per_condition': 2,
+      'steps': 25,
+      'frechet': False,
+      'kernel_subset_size': 100,
+    }
+  )
   if variant == 'evaluators':
     config.stages = ('parser', 'classifier')
   elif variant:
