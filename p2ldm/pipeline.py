@@ -308,7 +308,7 @@ class Pipeline:
       attributes, mask: as of `sample_latents`; of one row or B.
 
     Returns:
-      (B, h, w, C) float32: the noise, or v if config["diffusion"]["prediction"] is 'v'.
+      (B, h, w, C) float32: the noise, or v, as diffusion.prediction of the config says.
 
     Raises:
       UserError: another shape, a timestep out of range, or a condition that the model does not take.

@@ -14,9 +14,8 @@ import dataclasses
 
 from absl import flags
 
-from p2ldm import errors, runtime, storage
+from p2ldm import errors, evaluate, runtime, storage
 from p2ldm.errors import UserError
-from p2ldm.evaluate import protocol_flags, read_protocol
 
 # Figures that are plotted: the file's name, where the figure stands, what it is called.
 PLOTS = (
@@ -145,7 +144,7 @@ def main(*models):
     raise UserError('Give at least one model, as in `python -m p2ldm.robustness runs/multi_tiny`.')
 
   out = storage.as_path(values.out).expanduser()
-  protocol = read_protocol(values)
+  protocol = evaluate.read_protocol(values)
   runtime.prepare()
   measure(
     [storage.as_path(model).expanduser() for model in models],
@@ -172,7 +171,8 @@ def define_flags():
   flags.DEFINE_list('corruptions', [], 'Which, as in mask_shifted,attributes_flipped (all).')
   flags.DEFINE_string('out', 'robustness', 'Folder to write.')
   flags.DEFINE_boolean('overwrite', False, 'Replace an earlier result in --out.')
-  protocol_flags()
+  evaluate.protocol_flags()
+  flags.adopt_module_key_flags(evaluate)  # so that --help shows them, too
 
 
 if __name__ == '__main__':
