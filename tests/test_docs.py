@@ -117,9 +117,10 @@ def test_the_check_of_flags_and_keys_sees_what_is_wrong(known_flags):
   assert 'noema' in known_flags['convert']
 
 
-def test_the_notebook_is_small_and_its_cells_parse():
+def test_the_notebook_is_small_parses_and_was_run_to_its_end():
   assert NOTEBOOK.stat().st_size < 2**20
   cells = [c for c in json.loads(NOTEBOOK.read_text())['cells'] if c['cell_type'] == 'code']
+  assert [cell['execution_count'] for cell in cells] == list(range(1, len(cells) + 1))
   assert not [o for cell in cells for o in cell['outputs'] if o['output_type'] == 'error']
   assert len(COMMANDS['docs/tutorial.ipynb']) >= 6
 
