@@ -25,7 +25,7 @@ import p2ldm
 from p2ldm import demo, provenance, usage
 from p2ldm.data.labels import CELEBAMASK_HQ
 from p2ldm.errors import UserError
-from p2ldm.interop import model_card, packaged
+from p2ldm.interop import model_card
 from p2ldm.web import asked, page, studio
 from p2ldm.web.asked import Limits
 from p2ldm.web.studio import Studio
@@ -487,17 +487,6 @@ def test_a_section_of_a_card(tmp_path):
   assert model_card.section(tmp_path / 'README.md', 'Limits') == 'three'
   assert model_card.section(tmp_path / 'README.md', 'Figures') == ''
   assert model_card.section(tmp_path / 'none.md', 'Limits') == ''
-
-
-def test_a_build_without_a_model_says_so(monkeypatch, tmp_path):
-  monkeypatch.setattr(packaged, '_DIRECTORY', tmp_path)
-  for given in (None, 'packaged'):
-    with pytest.raises(UserError, match='comes without a model.*runs/multi_tiny'):
-      packaged.model_path(given)
-  (tmp_path / 'config.json').write_text('{}')
-  for given in (None, 'packaged'):
-    assert packaged.model_path(given) == tmp_path
-  assert packaged.model_path('~/other') == pathlib.Path.home() / 'other'
 
 
 def test_the_command_says_where_the_page_and_the_log_are(client, monkeypatch, tmp_path, capsys):

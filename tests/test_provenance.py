@@ -223,3 +223,9 @@ def test_a_record_of_an_impossible_variation(pipeline, faces, tmp_path):
   )
   with pytest.raises(UserError, match='variation'):
     provenance.redraw(pipeline, provenance.read(path))
+
+
+def test_a_record_that_says_nothing_of_a_mask_is_damaged():
+  with pytest.raises(UserError, match='mask in the record is damaged'):
+    provenance.mask_of({})
+  assert provenance.mask_of({'mask_sha256': None, 'mask_png': None}) is None

@@ -1,3 +1,4 @@
+import pathlib
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ from PIL import Image
 
 from p2ldm import provenance, sample
 from p2ldm.errors import UserError
-from p2ldm.interop import model_directory
+from p2ldm.interop import model_directory, packaged
 from p2ldm.pipeline import Pipeline
 
 WITHOUT_TENSORFLOW = """
@@ -235,3 +236,14 @@ def test_a_big_grid_says_how_many_it_shows(monkeypatch):
   assert few[0].shape == many[0].shape == (1, 64, 16, 16, 3)
   assert few_options['titles'][3] == 'Samples'
   assert many_options['titles'][3] == 'Samples (64 of 70)'
+
+
+def test_a_build_without_a_model_says_so(monkeypatch, tmp_path):
+  monkeypatch.setattr(packaged, '_DIRECTORY', tmp_path)
+  for given in (None, 'packaged'):
+    with pytest.raises(UserError, match='comes without a model.*runs/multi_tiny'):
+      packaged.model_path(given)
+  (tmp_path / 'config.json').write_text('{}')
+  for given in (None, 'packaged'):
+    assert packaged.model_path(given) == tmp_path
+  assert packaged.model_path('~/other') == pathlib.Path.home() / 'other'
