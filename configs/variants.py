@@ -32,10 +32,7 @@ def tiny(config: ConfigDict) -> None:
 
 
 def packaged(config: ConfigDict) -> None:
-  """The model that comes with the package: the embedded faces at 64 px, trained until it improves no more.
-
-  `python -m p2ldm.main --config=configs/multi.py:packaged` makes it: some hours on two CPU cores.
-  """
+  """A small model to come with the package: the embedded faces at 64 px, hours on two CPU cores."""
   tiny(config)
   config.data.update({'dir': 'data/embedded_64_12k', 'embedded_faces': 12_000})
   # Edits keep no more of a face than the autoencoder does.
@@ -63,7 +60,7 @@ def faces64(config: ConfigDict) -> None:
   small_models(config)
   config.evaluators.parser.training.update({'num_steps': 2_500})
   config.evaluators.classifier.training.update({'num_steps': 3_400})
-  config.autoencoder.training.update({'num_steps': 6_000})
+  config.autoencoder.training.update({'num_steps': 10_000})
   config.diffusion.training.update({'num_steps': 100_000})
   config.probe.update({'every': 1_000, 'num_faces': 32})
   for training in trainings(config):
