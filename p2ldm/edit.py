@@ -5,10 +5,11 @@
   python -m p2ldm.edit runs/multi_tiny --image=photo.jpg --source_mask=auto --source_attributes=auto \\
     --evaluators=runs/evaluators_tiny --attributes=Smiling --region=mouth,u_lip,l_lip --grow=4 --out=edited
 
-The first argument is a model directory or the workdir of a training run; without one the model that comes
-with the package is taken. The image is cropped to its central square and resized to the model's size. The
-more is known of what it shows, the better the edit: an image that p2ldm drew says itself; of another give
---source_attributes and --source_mask, or `auto`, which asks a classifier and a parser.
+The first argument is a model directory or the workdir of a training run; without one the model is taken
+that the package comes with, if this build does. The image is cropped to its central square and resized to
+the model's size. The more is known of what it shows, the better the edit: an image that p2ldm drew says
+itself; of another give --source_attributes and --source_mask, or `auto`, which asks a classifier and a
+parser.
 --attributes and --mask say what is to change: attributes that are not named and pixels of the mask that are
 255 or grey stay as they are.
 

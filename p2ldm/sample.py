@@ -3,8 +3,8 @@
   python -m p2ldm.sample --attributes=Smiling,-Eyeglasses
   python -m p2ldm.sample --model=runs/multi --attributes=Smiling --mask=mask.png --num_images=16
 
---model is a model directory or the workdir of a training run; without it a small model of drawn faces, which
-comes with the package, is taken. Attributes that you do not name are left
+--model is a model directory or the workdir of a training run; without it the small model of drawn faces is
+taken that the package comes with, if this build does. Attributes that you do not name are left
 to the model, and so is every pixel of the mask that is unspecified (255, or grey): three attributes of
 forty, or a mask that only says where the hair is, are fine. The folder --out (samples/ by default)
 receives 000.png, 001.png, ... and grid.png, which shows the request beside the faces; it appears when

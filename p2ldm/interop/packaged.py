@@ -1,4 +1,4 @@
-"""The model that comes with the package: small, of the embedded faces, there without a download."""
+"""The model that a build of the package may come with: small, of the embedded faces, without a download."""
 
 import pathlib
 
