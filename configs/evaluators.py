@@ -4,7 +4,7 @@ from configs import base, variants
 
 
 def get_config(variant: str = ''):
-  """`evaluators.py`, `evaluators.py:tiny` or `evaluators.py:faces64`."""
+  """`evaluators.py`, `evaluators.py:tiny`, `evaluators.py:packaged` or `evaluators.py:faces64`."""
   config = variants.apply(base.get_config(), variant)
   config.stages = ('parser', 'classifier')
   return config

@@ -32,14 +32,16 @@ def tiny(config: ConfigDict) -> None:
 
 
 def packaged(config: ConfigDict) -> None:
-  """A small model to come with the package: the embedded faces at 64 px, hours on two CPU cores."""
+  """A small model to come with the package: the embedded faces at 64 px, an hour or two on two CPU cores."""
   tiny(config)
   config.data.update({'dir': 'data/embedded_64_12k', 'embedded_faces': 12_000})
   # Edits keep no more of a face than the autoencoder does.
   config.autoencoder.model.update({'channel_multipliers': (1, 2, 2), 'codebook_size': 4096})
-  config.autoencoder.training.update({'num_steps': 6_000})
-  config.diffusion.training.update({'num_steps': 20_000})
-  config.probe.every = 0  # its parser and classifier are a run of their own
+  config.autoencoder.training.update({'num_steps': 3_000})
+  config.diffusion.training.update({'num_steps': 12_000})
+  config.probe.every = 0  # its parser and classifier are a run of their own, evaluators.py:packaged
+  config.evaluators.parser.training.update({'num_steps': 2_000})
+  config.evaluators.classifier.training.update({'num_steps': 2_400})
   for training in (config.autoencoder.training, config.diffusion.training):
     training.update(
       {
