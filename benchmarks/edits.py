@@ -20,13 +20,13 @@ import json
 import numpy as np
 from absl import app, flags
 
-from p2ldm import editing, pictures
+from p2ldm import pictures
 from p2ldm.data import image_files
 from p2ldm.data.face_traits import sample_traits
 from p2ldm.data.labels import CELEBAMASK_HQ, UNSPECIFIED
 from p2ldm.data.prepared import open_dataset, ordered_batches
 from p2ldm.data.synthetic import render_traits
-from p2ldm.editing import Conditions, Settings
+from p2ldm.editing.edits import Conditions, Edits, Settings, edit, grown, target_of
 from p2ldm.evaluation.edits import psnr_where
 from p2ldm.evaluation.evaluators import load_classifier
 from p2ldm.pipeline import Pipeline
@@ -50,7 +50,7 @@ CHANGES = {
 
 @dataclasses.dataclass
 class Faces:
-  """N faces before and after; arrays as of `editing`, images uint8.
+  """N faces before and after; arrays as of `editing.edits`, images uint8.
 
   Attributes:
     images, conditions: as they are.
@@ -78,7 +78,7 @@ def read_faces(dataset, name: str, count: int) -> Faces:
     before, after = (_render(t, size) for t in (traits, dataclasses.replace(traits, **change)))
     different = np.abs(before[0].astype(np.int16) - after[0]).max(-1) > _DIFFERENT
     different |= before[1] != after[1]
-    region = editing.grown(different[None], _GROW)[0]
+    region = grown(different[None], _GROW)[0]
     image = pictures.to_uint8(batch['image'][0])
     rows.append((image, batch['attributes'][0], batch['mask'][0], *after, region))
   images, attributes, masks, wanted, new_masks, new_attributes, region = map(
@@ -96,7 +96,7 @@ def _render(traits, size: int):
   return image_files.resize_image(image, size), image_files.resize_labels(mask, size), attributes
 
 
-def target_of(faces: Faces, name: str, region: np.ndarray, free: bool) -> Conditions:
+def wanted_of(faces: Faces, name: str, region: np.ndarray, free: bool) -> Conditions:
   """What the edit is to show: one attribute changed; of the mask what --mask says."""
   column = CELEBAMASK_HQ.attributes.index(name)
   attributes = np.zeros_like(faces.conditions.attributes)
@@ -104,21 +104,21 @@ def target_of(faces: Faces, name: str, region: np.ndarray, free: bool) -> Condit
   nothing = np.full_like(faces.conditions.mask, UNSPECIFIED)
   mask = faces.wanted.mask if FLAGS.mask == 'truth' else nothing
   release = region if free else np.zeros_like(region)
-  return editing.target_of(faces.conditions, attributes, mask, release)
+  return target_of(faces.conditions, attributes, mask, release)
 
 
-def measure(faces: Faces, edits: editing.Edits, name: str, classifier) -> dict:
+def measure(faces: Faces, edited: Edits, name: str, classifier) -> dict:
   """Figures of one kind of edit."""
   column = CELEBAMASK_HQ.attributes.index(name)
   asked = -faces.conditions.attributes[:, column]
-  before, after = classifier.predict(faces.images), classifier.predict(edits.images)
+  before, after = classifier.predict(faces.images), classifier.predict(edited.images)
   others = np.delete(before != after, column, axis=1)
   outside = ~faces.region
   return {
-    'psnr_outside': _mean(psnr_where(faces.images, edits.drawn, outside)),
+    'psnr_outside': _mean(psnr_where(faces.images, edited.drawn, outside)),
     'took': _mean(after[:, column] == asked),
     'others_flipped': _mean(others),
-    'psnr_to_truth_in_region': _mean(psnr_where(faces.wanted_images, edits.images, faces.region)),
+    'psnr_to_truth_in_region': _mean(psnr_where(faces.wanted_images, edited.images, faces.region)),
   }
 
 
@@ -147,14 +147,14 @@ def main(arguments):
   for name in FLAGS.attributes:
     faces = read_faces(dataset, name, FLAGS.num_faces)
     whole = np.ones_like(faces.region)
-    edits = {}
+    edited = {}
     for kind, region in (('region', faces.region), ('everywhere', whole)):
       free = FLAGS.mask == 'free' or (FLAGS.mask == 'auto' and kind == 'region')
-      target = target_of(faces, name, region, free)
-      edits[kind] = editing.edit(pipeline, faces.images, faces.conditions, target, region, settings)
+      target = wanted_of(faces, name, region, free)
+      edited[kind] = edit(pipeline, faces.images, faces.conditions, target, region, settings)
     column = CELEBAMASK_HQ.attributes.index(name)
     asked = -faces.conditions.attributes[:, column]
-    first, truth = edits['region'], _through_autoencoder(pipeline, faces.wanted_images)
+    first, truth = edited['region'], _through_autoencoder(pipeline, faces.wanted_images)
     figures = {
       'attribute': name,
       'num_faces': len(faces.images),
@@ -180,12 +180,12 @@ def main(arguments):
           psnr_where(faces.wanted_images, truth, faces.region)
         ),
       },
-      **{kind: measure(faces, found, name, classifier) for kind, found in edits.items()},
+      **{kind: measure(faces, found, name, classifier) for kind, found in edited.items()},
     }
     print(json.dumps(figures), flush=True)
     for i in range(min(FLAGS.shown, len(faces.images))):
       row = (faces.images[i], pictures.tinted(faces.images[i], faces.region[i]))
-      row += (first.images[i], first.drawn[i], edits['everywhere'].images[i])
+      row += (first.images[i], first.drawn[i], edited['everywhere'].images[i])
       shown.append((*row, first.reconstructions[i], truth[i], faces.wanted_images[i]))
       texts.append(('' if asked[i] > 0 else 'no ') + name)
   titles = ('source', 'affected', 'edited there', 'before pasting', 'edited everywhere')

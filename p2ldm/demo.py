@@ -13,8 +13,9 @@ machine, whose place is printed; --usage_log='' leaves that out.
 
 from absl import flags
 
-from p2ldm import errors, manifests, runtime, storage, usage
+from p2ldm import errors, runtime, storage
 from p2ldm.errors import UserError
+from p2ldm.provenance import manifests, usage
 
 FLAGS = flags.FLAGS
 

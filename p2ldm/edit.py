@@ -1,15 +1,14 @@
 """Edits a face: other attributes, another mask, or a region of it alone; what is not asked for stays.
 
-  python -m p2ldm.edit runs/multi_tiny --image=face.png --attributes=Eyeglasses --out=edited
-  python -m p2ldm.edit runs/multi_tiny --image=face.png --mask=new_mask.png --out=edited
+  python -m p2ldm.edit --image=face.png --attributes=Eyeglasses --out=edited
+  python -m p2ldm.edit --image=face.png --mask=new_mask.png --out=edited
   python -m p2ldm.edit runs/multi_tiny --image=photo.jpg --source_mask=auto --source_attributes=auto \\
     --evaluators=runs/evaluators_tiny --attributes=Smiling --region=mouth,u_lip,l_lip --grow=4 --out=edited
 
-The first argument is a model directory or the workdir of a training run; without one the model is taken
-that the package comes with, if this build does. The image is cropped to its central square and resized to
-the model's size. The more is known of what it shows, the better the edit: an image that p2ldm drew says
-itself; of another give --source_attributes and --source_mask, or `auto`, which asks a classifier and a
-parser.
+The first argument is a model directory or the workdir of a training run; without one it is the model that
+the package comes with. The image is cropped to its central square and resized to the model's size. The more
+is known of what it shows, the better the edit: an image that p2ldm drew says itself; of another give
+--source_attributes and --source_mask, or `auto`, which asks a classifier and a parser.
 --attributes and --mask say what is to change: attributes that are not named and pixels of the mask that are
 255 or grey stay as they are.
 
@@ -24,7 +23,7 @@ back there, as the autoencoder alone loses detail; --nopaste leaves that out. --
 
 --out receives 000.png, ..., comparison.png, and report.json: how well what was to stay stayed (PSNR, LPIPS)
 and, with --evaluators, whether the change took. Every edit carries how it was made; `python -m p2ldm.sample
---verify=edited/000.png --model=runs/multi_tiny --source=face.png` makes it again. What was asked is noted in
+--verify=edited/000.png --model=packaged --source=face.png` makes it again. What was asked is noted in
 a log on this machine, whose place is printed; --usage_log='' leaves that out.
 """
 
@@ -33,8 +32,9 @@ import re
 
 from absl import flags
 
-from p2ldm import errors, manifests, runtime, storage, usage
+from p2ldm import errors, runtime, storage
 from p2ldm.errors import UserError
+from p2ldm.provenance import manifests, usage
 
 FLAGS = flags.FLAGS
 _OURS = re.compile(r'\d{3,}\.png|comparison\.png|report\.json')
@@ -66,18 +66,18 @@ def edit(
     model: model directory or workdir; None takes the model that comes with the package.
     image: path of the image.
     out: folder to write, whole or not at all.
-    settings: fields of `editing.Settings`; paste and feather may be None: paste if there is a region,
+    settings: fields of `editing.edits.Settings`; paste and feather may be None: paste if there is a region,
       feather as much as it is grown.
     attributes, mask: what is to change, 'Smiling,-Eyeglasses' and the path of a mask.
-    source_attributes, source_mask: see `edit_inputs.read_source`.
-    region: see `edit_inputs.read_region`.
+    source_attributes, source_mask: see `editing.inputs.read_source`.
+    region: see `editing.inputs.read_region`.
     grow: pixels by which it is grown; None takes a 32nd of the image's side.
-    hold_mask: see `edit_inputs.read_request`.
+    hold_mask: see `editing.inputs.read_request`.
     num_images: how many edits.
     batch_size: edits drawn at a time.
     evaluators: workdir with a parser, a classifier or both; None takes those of the model's run.
     overwrite: replaces what an earlier call left in `out`; other files there stay.
-    log: `usage.UsageLog`.
+    log: `provenance.usage.UsageLog`.
     signer: `manifests.Signer` that signs the pictures, None for none.
 
   Returns:
@@ -87,7 +87,8 @@ def edit(
     UserError: bad input, or `out` holds something; nothing is left behind.
   """
   # JAX is imported here: --help and a bad flag need not wait for it.
-  from p2ldm import edit_inputs, editing
+  from p2ldm.editing import inputs, recorded
+  from p2ldm.editing.edits import Settings
   from p2ldm.models.perceptual import load_lpips
   from p2ldm.reports import edit_report
   from p2ldm.sample import check_out
@@ -95,15 +96,13 @@ def edit(
   out = storage.as_path(out).expanduser()
   check_out(out, overwrite)
   pipeline, parser, classifier = _load(model, evaluators)
-  source = edit_inputs.read_source(
-    image, pipeline, source_attributes, source_mask, classifier, parser
-  )
+  source = inputs.read_source(image, pipeline, source_attributes, source_mask, classifier, parser)
   grow = pipeline.image_size // 32 if grow is None else grow
-  asked = edit_inputs.read_request(
+  asked = inputs.read_request(
     pipeline, source, attributes, mask, region, grow, hold_mask, bool(settings['fresh_noise'])
   )
   everywhere = bool(asked.region.all())
-  settings = editing.Settings(
+  settings = Settings(
     **{
       **settings,
       'paste': not everywhere if settings['paste'] is None else settings['paste'],
@@ -113,7 +112,7 @@ def edit(
   settings.check()
   if log is not None:
     log.add('edit', **edit_report.about(pipeline, source, asked, settings), out=str(out))
-  edited, edits = editing.edit_variants(
+  edited, edits = recorded.edit_variants(
     pipeline,
     source.image,
     source.conditions,

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from p2ldm import conditions, pictures, provenance, sharding, storage
+from p2ldm import conditions, pictures, sharding, storage
 from p2ldm.data.labels import UNSPECIFIED, LabelSchema
 from p2ldm.data.latents import LatentStatistics
 from p2ldm.diffusion import guidance as cfg
@@ -26,7 +26,9 @@ from p2ldm.diffusion import samplers
 from p2ldm.diffusion.schedule import check_prediction, make_schedule
 from p2ldm.errors import UserError
 from p2ldm.interop import model_directory
+from p2ldm.interop.packaged import model_path
 from p2ldm.models.layers import resolve_dtype
+from p2ldm.provenance import records
 
 _BATCH_SIZE = 8  # images drawn at a time where none is given
 
@@ -92,16 +94,17 @@ class Pipeline:
     self._denoise = sharding.OverBatch(self._denoise_fn, self._mesh, 4)
 
   @classmethod
-  def from_pretrained(cls, directory, dtype: str = 'auto', mesh=None) -> 'Pipeline':
+  def from_pretrained(cls, directory=None, dtype: str = 'auto', mesh=None) -> 'Pipeline':
     """Reads a model directory, or the one that a training workdir has.
 
     Args:
-      directory: path of either.
-      dtype: as of the constructor.
+      directory: path of either; None takes the small model that comes with the package.
+      dtype, mesh: as of the constructor.
 
     Raises:
       UserError: there is no model, or it is damaged; the message says what to do.
     """
+    directory = model_path(directory)
     path = storage.absolute(directory)
     name = path.parent.name if path.name == 'model' else path.name
     return cls(model_directory.load(directory), dtype, name, mesh)
@@ -119,7 +122,7 @@ class Pipeline:
                guidance={'attributes': 3.0, 'mask': 1.5})
 
     Returns:
-      N RGB images of S x S pixels, which carry how they were made (`provenance.GeneratedImage`).
+      N RGB images of S x S pixels, which carry how they were made (`records.GeneratedImage`).
 
     Raises:
       UserError: as `sample_latents`.
@@ -132,7 +135,7 @@ class Pipeline:
     for (batch, _), images in zip(batches, decoded, strict=True):
       for row, image in enumerate(pictures.to_pil(images)):
         record = self._record(row, batch, attributes, mask, **options)
-        faces.append(provenance.GeneratedImage.of(image, record))
+        faces.append(records.GeneratedImage.of(image, record))
     return faces
 
   def _record(self, row: int, batch, attributes, mask, *, seed=0, first_image=0, steps=50,
@@ -140,7 +143,7 @@ class Pipeline:
               batch_size=None, progress=False) -> dict:  # fmt: skip
     """The record of the image that is in this row of a batch, of options as of `sample_latents`."""
     given = {'attributes': attributes.any(), 'mask': (mask != UNSPECIFIED).any()}
-    return provenance.record(
+    return records.record(
       self,
       {
         'seed': int(seed),

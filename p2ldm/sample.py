@@ -4,11 +4,11 @@
   python -m p2ldm.sample --model=runs/multi --attributes=Smiling --mask=mask.png --num_images=16
 
 --model is a model directory or the workdir of a training run; without it the small model of drawn faces is
-taken that the package comes with, if this build does. Attributes that you do not name are left
-to the model, and so is every pixel of the mask that is unspecified (255, or grey): three attributes of
-forty, or a mask that only says where the hair is, are fine. The folder --out (samples/ by default)
-receives 000.png, 001.png, ... and grid.png, which shows the request beside the faces; it appears when
-everything in it is complete. To see what a model knows:
+taken that the package comes with. Attributes that you do not name are left to the model, and so is every
+pixel of the mask that is unspecified (255, or grey): three attributes of forty, or a mask that only says
+where the hair is, are fine. The folder --out (samples/ by default) receives 000.png, 001.png, ... and
+grid.png, which shows the request beside the faces; it appears when everything in it is complete. To see what
+a model knows:
 
   python -m p2ldm.sample --list
 
@@ -27,9 +27,10 @@ import re
 
 from absl import flags
 
-from p2ldm import errors, manifests, runtime, storage
+from p2ldm import errors, runtime, storage
 from p2ldm.data.labels import UNSPECIFIED, UNSPECIFIED_COLOR, LabelSchema
 from p2ldm.errors import UserError
+from p2ldm.provenance import manifests
 
 _GRID_FACES = 64  # in grid.png, at most
 _OURS = re.compile(r'\d{3,}\.png|grid\.png')
@@ -53,14 +54,13 @@ def draw(
     UserError: bad input, or `out` holds something; nothing is left behind.
   """
   # JAX is imported here: --help and a bad flag need not wait for it.
-  from p2ldm import provenance
-  from p2ldm.interop.packaged import model_path
   from p2ldm.pipeline import Pipeline
+  from p2ldm.provenance import records
   from p2ldm.sharding import make_mesh
 
   out = storage.as_path(out).expanduser()
   check_out(out, overwrite)
-  pipeline = Pipeline.from_pretrained(model_path(model), mesh=make_mesh())
+  pipeline = Pipeline.from_pretrained(model, mesh=make_mesh())
   attributes, mask = pipeline.read_conditions(attributes, mask, num_images)
   faces = pipeline(attributes, mask, num_images, **options)
 
@@ -73,8 +73,8 @@ def draw(
       for i, face in enumerate(faces):
         (work / f'{i:03d}.png').write_bytes(manifests.png(face, signer))
       grid = _grid(pipeline, faces, attributes, mask)
-      records = [face.record for face in faces]
-      grid = provenance.GeneratedImage.of(grid, provenance.grid_record(records))
+      record = records.grid_record([face.record for face in faces])
+      grid = records.GeneratedImage.of(grid, record)
       (work / 'grid.png').write_bytes(manifests.png(grid, signer))
   except OSError as error:
     raise UserError(f'Cannot write {out}: {error.strerror or error}.') from error
@@ -92,21 +92,21 @@ def verify(path, model=None, source=None):
     UserError: the picture, its record or the model cannot be read, or the model is another.
     SystemExit: it is not what it says.
   """
-  from p2ldm import editing, provenance
-  from p2ldm.interop.packaged import model_path
+  from p2ldm.editing import recorded
   from p2ldm.pipeline import Pipeline
+  from p2ldm.provenance import redrawing
 
   def load():
-    return Pipeline.from_pretrained(model_path(model))
+    return Pipeline.from_pretrained(model)
 
   def draw_again(pipeline, record):
     if 'edit' in record and source:
-      return editing.redraw(pipeline, record, pathlib.Path(source).expanduser())
-    return provenance.redraw(pipeline, record)
+      return recorded.redraw(pipeline, record, pathlib.Path(source).expanduser())
+    return redrawing.redraw(pipeline, record)
 
   signed, found = manifests.check(path)
   print(found)  # first: of a damaged file it may be all that can be said
-  good, found = provenance.verify(path, load if model else None, draw_again)
+  good, found = redrawing.verify(path, load if model else None, draw_again)
   print(found)
   if not (good and signed):
     raise SystemExit(1)

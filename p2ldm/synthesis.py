@@ -22,12 +22,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from p2ldm import interruptions, manifests, storage
+from p2ldm import interruptions, storage
 from p2ldm.data.labels import UNSPECIFIED
 from p2ldm.data.prepared import PreparedDataset, ordered_batches
 from p2ldm.errors import UserError
 from p2ldm.evaluation.evaluators import Classifier, Parser
 from p2ldm.pipeline import Pipeline
+from p2ldm.provenance import manifests
 
 IMAGES, MASKS, TABLE, SCHEMA, REPORT = (
   'images', 'masks', 'attributes.csv', 'schema.json', 'synthesis.json'

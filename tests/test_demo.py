@@ -22,10 +22,11 @@ import tiny_page
 from tiny_page import GOOD
 
 import p2ldm
-from p2ldm import demo, provenance, usage
+from p2ldm import demo
 from p2ldm.data.labels import CELEBAMASK_HQ
 from p2ldm.errors import UserError
 from p2ldm.interop import model_card
+from p2ldm.provenance import records, redrawing, usage
 from p2ldm.web import asked, page, studio
 from p2ldm.web.asked import Limits
 from p2ldm.web.studio import Studio
@@ -84,10 +85,10 @@ def test_faces_are_those_of_the_pipeline_and_say_how_they_were_made(client, draw
   for face, image in zip(faces, wanted, strict=True):
     np.testing.assert_array_equal(pixels(face), np.asarray(image))
     (tmp_path / 'face.png').write_bytes(base64.b64decode(face['url'].partition(',')[2]))
-    assert provenance.verify(tmp_path / 'face.png', lambda: pipeline)[0]
-  found = provenance.read(tmp_path / 'face.png')
+    assert redrawing.verify(tmp_path / 'face.png', lambda: pipeline)[0]
+  found = records.read(tmp_path / 'face.png')
   assert found['request']['attributes'] == {'Smiling': 1, 'Wearing_Hat': -1}
-  np.testing.assert_array_equal(provenance.mask_of(found['request']), MASK)
+  np.testing.assert_array_equal(records.mask_of(found['request']), MASK)
 
 
 def test_progress_is_told_while_it_goes_on(client):
@@ -109,8 +110,8 @@ def test_a_face_is_varied_and_so_is_the_variation(client, drawn, tmp_path):
   again = faces_of(client.ask('vary', [2], {'url': varied[1]['url']}))
   for face in (varied[1], again[0]):
     (tmp_path / 'face.png').write_bytes(base64.b64decode(face['url'].partition(',')[2]))
-    assert provenance.verify(tmp_path / 'face.png', lambda: pipeline)[0]
-    request = provenance.read(tmp_path / 'face.png')['request']
+    assert redrawing.verify(tmp_path / 'face.png', lambda: pipeline)[0]
+    request = records.read(tmp_path / 'face.png')['request']
     assert request['attributes'] == {'Smiling': 1, 'Wearing_Hat': -1}
     assert request['steps'] == 2
     assert (pixels(face) != pixels(first)).any()
@@ -188,7 +189,7 @@ def bad_varies(drawn) -> list:
     {'request': {**record['request'], 'mask_sha256': 'x'}},
     {'request': {**record['request'], 'guidance_interval': [5]}}, {'pixels_sha256': None},
   ):  # fmt: skip
-    text = provenance.png_text({**record, **change})
+    text = records.png_text({**record, **change})
     urls.append(url(face, pnginfo=text))
   return [None, 5, [], {'file': 'x'}, *({'url': each} for each in urls)]
 
@@ -365,7 +366,7 @@ def test_the_usage_log_has_one_line_a_request_and_no_mask(client, drawn):
   entries = [json.loads(line) for line in lines]
   first = next(entry for entry in entries if entry['attributes'] and entry['event'] == 'draw')
   assert first['attributes'] == {'Smiling': 1, 'Wearing_Hat': -1}
-  assert first['mask'] == provenance.mask_sha256(MASK)
+  assert first['mask'] == records.mask_sha256(MASK)
   assert first['num_images'] == 2
   assert first['model']['weights_sha256'] == client.drawer.pipeline.config['sha256']
   count = len(entries)

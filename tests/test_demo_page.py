@@ -26,8 +26,8 @@ from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 
-from p2ldm import provenance  # noqa: E402
 from p2ldm.data.labels import UNSPECIFIED  # noqa: E402
+from p2ldm.provenance import records, redrawing  # noqa: E402
 
 WATCH_PROGRESS = """
 window.seen = [];
@@ -182,12 +182,12 @@ def test_paint_set_draw_vary_download_and_read_back(page, client):
   assert {int(share) for state, share in seen if share and state == 'drawing'} - {0, 100}
   width = 'return arguments[0].naturalWidth'
   assert page.driver.execute_script(width, faces[0].find_element(By.TAG_NAME, 'img')) == 16
-  found = provenance.read(page.download(faces[1]))
+  found = records.read(page.download(faces[1]))
   assert found['request']['attributes'] == {'Smiling': 1, 'Eyeglasses': -1}
-  np.testing.assert_array_equal(provenance.mask_of(found['request']), mask)
+  np.testing.assert_array_equal(records.mask_of(found['request']), mask)
   varied = page.draw('.p2-actions button')
   file = page.download(varied[0])
-  good, text = provenance.verify(file, lambda: client.drawer.pipeline)
+  good, text = redrawing.verify(file, lambda: client.drawer.pipeline)
   assert good, text
   assert 'a variation of another' in text
   assert len(page.all('.p2-set-of-faces')) == 2  # the first ones are still there

@@ -12,13 +12,15 @@ import tiny_model
 from PIL import Image
 from test_sample import WITHOUT_TENSORFLOW
 
-from p2ldm import edit, edit_inputs, editing, provenance, sample
-from p2ldm.editing import Conditions, Settings
+from p2ldm import edit, sample
+from p2ldm.editing import edits, inputs, recorded
+from p2ldm.editing.edits import Conditions, Settings
 from p2ldm.errors import UserError
 from p2ldm.evaluation import edits as figures
 from p2ldm.interop import evaluator_directory, model_directory
 from p2ldm.pictures import to_uint8
 from p2ldm.pipeline import Pipeline
+from p2ldm.provenance import records
 
 MASK = np.array([[0, 1], [2, 1]], np.uint8).repeat(8, 0).repeat(8, 1)
 LEFT = np.arange(16)[None] + np.zeros((16, 1)) < 8
@@ -115,9 +117,7 @@ def test_it_is_inversion_by_the_source_and_guided_generation_by_the_target(
     paste=False,
   )
   latents = np.asarray(pipeline.encode(image[None] / np.float32(127.5) - 1))
-  found = editing.edit_latents(
-    pipeline, latents, source, target, LEFT[None], settings, first_image=3
-  )
+  found = edits.edit_latents(pipeline, latents, source, target, LEFT[None], settings, first_image=3)
   key = jax.random.fold_in(jax.random.key(5), 3)
   wanted = latents_by_hand(pipeline, latents, source, target, strength, fresh, key)
   np.testing.assert_allclose(found, wanted, atol=2e-3)
@@ -127,23 +127,23 @@ def test_it_is_inversion_by_the_source_and_guided_generation_by_the_target(
 def test_outside_of_the_region_the_source_stays(pipeline, image):
   source, target = conditions((-1, 0, 1)), conditions((1, 0, 1), np.where(LEFT, 2, MASK))
   latents = np.asarray(pipeline.encode(image[None] / np.float32(127.5) - 1))
-  found = editing.edit_latents(pipeline, latents, source, target, LEFT[None], SETTINGS)
+  found = edits.edit_latents(pipeline, latents, source, target, LEFT[None], SETTINGS)
   np.testing.assert_array_equal(found[:, :, 4:], latents[:, :, 4:])
-  edits = editing.edit(pipeline, image[None], source, target, LEFT[None], SETTINGS)
-  changed = (edits.images[0] != image).any(-1)
+  edited = edits.edit(pipeline, image[None], source, target, LEFT[None], SETTINGS)
+  changed = (edited.images[0] != image).any(-1)
   assert not changed[:, 8:].any() and changed[:, :7].mean() > 0.9
-  assert (edits.drawn[0] != image)[:, 8:].any()
-  np.testing.assert_array_equal(edits.reconstructions, to_uint8(pipeline.decode(latents)))
+  assert (edited.drawn[0] != image)[:, 8:].any()
+  np.testing.assert_array_equal(edited.reconstructions, to_uint8(pipeline.decode(latents)))
 
 
 def test_what_is_pasted_fades_in():
   region = np.zeros((1, 9, 9), bool)
   region[:, :, 3:] = True
   old, new = np.zeros((1, 9, 9, 3), np.uint8), np.full((1, 9, 9, 3), 240, np.uint8)
-  row = editing.paste(old, new, region, feather=3)[0, 4, :, 0]
+  row = edits.paste(old, new, region, feather=3)[0, 4, :, 0]
   assert row.tolist() == [0, 0, 0, 60, 120, 180, 240, 240, 240]  # the picture's edge is no edge
-  assert editing.paste(old, new, region, feather=0)[0, 4, :, 0].tolist() == [0] * 3 + [240] * 6
-  assert editing.grown(region, 2)[0, 4].tolist() == [False] + [True] * 8
+  assert edits.paste(old, new, region, feather=0)[0, 4, :, 0].tolist() == [0] * 3 + [240] * 6
+  assert edits.grown(region, 2)[0, 4].tolist() == [False] + [True] * 8
 
 
 def test_edits_of_one_image_differ_in_their_fresh_noise_alone(pipeline, image):
@@ -151,12 +151,12 @@ def test_edits_of_one_image_differ_in_their_fresh_noise_alone(pipeline, image):
     settings = Settings(**{'steps': 4, 'fresh_noise': 0.5, 'seed': 4, **changes})
     target, about = conditions((1, 0, 0)), {'photograph': True}
     given = (pipeline, image, conditions(), target, LEFT, settings, about)
-    return editing.edit_variants(*given, num_images=count, batch_size=batch_size)
+    return recorded.edit_variants(*given, num_images=count, batch_size=batch_size)
 
-  edited, edits = draw(4, 2)
-  np.testing.assert_array_equal(draw(4, 2)[1].images, edits.images)
-  assert all((edits.images[0] != edits.images[i]).any() for i in (1, 2, 3))
-  assert (draw(2, 2, seed=5)[1].images[0] != edits.images[0]).any()
+  edited, arrays = draw(4, 2)
+  np.testing.assert_array_equal(draw(4, 2)[1].images, arrays.images)
+  assert all((arrays.images[0] != arrays.images[i]).any() for i in (1, 2, 3))
+  assert (draw(2, 2, seed=5)[1].images[0] != arrays.images[0]).any()
   assert [e.record['drawn']['row'] for e in edited] == [0, 1, 0, 1]
   with pytest.raises(UserError, match='fresh_noise'):
     draw(2, 2, fresh_noise=0.0)
@@ -168,7 +168,7 @@ def test_what_is_not_asked_for_keeps_the_sources_value():
   asked[:, :4] = 2
   release = np.zeros((1, 16, 16), bool)
   release[:, 2:8] = True
-  target = editing.target_of(source, np.array([[0, 1, 0]]), asked, release)
+  target = edits.target_of(source, np.array([[0, 1, 0]]), asked, release)
   assert target.attributes.tolist() == [[1, 1, 0]]
   assert (target.mask[0, :4] == 2).all()
   assert (target.mask[0, 4:8] == 255).all()
@@ -179,7 +179,7 @@ def test_regions(tmp_path):
   schema, same = tiny_model.SCHEMA, (MASK, MASK)
 
   def read(text, source=MASK, target=MASK, grow=0, size=(16, 16)):
-    return edit_inputs.read_region(text, source, target, schema, grow, size)
+    return inputs.read_region(text, source, target, schema, grow, size)
 
   assert read('auto').all() and read('all').all()
   new = MASK.copy()
@@ -213,7 +213,7 @@ def test_a_photograph_is_cropped_with_its_mask(pipeline, tmp_path):
   mask = np.zeros((32, 64), np.uint8)
   mask[:, 16:48] = 1
   Image.fromarray(mask).save(tmp_path / 'mask.png')
-  source = edit_inputs.read_source(
+  source = inputs.read_source(
     tmp_path / 'wide.png', pipeline, 'Smiling', str(tmp_path / 'mask.png')
   )
   assert source.image.shape == (16, 16, 3) and (source.image == 200).all()
@@ -223,37 +223,37 @@ def test_a_photograph_is_cropped_with_its_mask(pipeline, tmp_path):
   assert 'central 32 x 32 pixels and reduced to 16 x 16' in source.notes[0]
   Image.fromarray(mask[:, :60]).save(tmp_path / 'other.png')
   with pytest.raises(UserError, match='square'):
-    edit_inputs.read_source(tmp_path / 'wide.png', pipeline, None, str(tmp_path / 'other.png'))
+    inputs.read_source(tmp_path / 'wide.png', pipeline, None, str(tmp_path / 'other.png'))
 
 
 def test_what_p2ldm_drew_says_itself_what_it_shows(pipeline, tmp_path):
   face = pipeline({'Eyeglasses': -1}, MASK, 1, steps=2)[0]
   face.save(tmp_path / 'face.png')
-  source = edit_inputs.read_source(tmp_path / 'face.png', pipeline)
+  source = inputs.read_source(tmp_path / 'face.png', pipeline)
   np.testing.assert_array_equal(source.conditions.mask[0], MASK)
   assert source.conditions.attributes.tolist() == [[0, -1, 0]]
   assert not source.about['photograph']
-  given = edit_inputs.read_source(tmp_path / 'face.png', pipeline, 'Smiling')
+  given = inputs.read_source(tmp_path / 'face.png', pipeline, 'Smiling')
   assert given.conditions.attributes.tolist() == [[1, 0, 0]]
   # Changed since, it is a photograph like any other, and its record says nothing of it.
   with Image.open(tmp_path / 'face.png') as opened:
-    info = provenance.PngImagePlugin.PngInfo()
+    info = records.PngImagePlugin.PngInfo()
     info.add_itxt('p2ldm', opened.text['p2ldm'])
     pixels = np.array(opened)
   pixels[0, 0] ^= 1
   Image.fromarray(pixels).save(tmp_path / 'face.png', pnginfo=info)
-  source = edit_inputs.read_source(tmp_path / 'face.png', pipeline)
+  source = inputs.read_source(tmp_path / 'face.png', pipeline)
   assert source.about['photograph'] and not source.conditions.attributes.any()
   assert any('changed since' in note for note in source.notes)
 
 
 def test_evaluators_say_what_a_photograph_shows(pipeline, photograph, image):
   parser, classifier = (tiny_evaluation.evaluator(kind) for kind in ('parser', 'classifier'))
-  source = edit_inputs.read_source(photograph, pipeline, 'auto', 'auto', classifier, parser)
+  source = inputs.read_source(photograph, pipeline, 'auto', 'auto', classifier, parser)
   np.testing.assert_array_equal(source.conditions.mask, parser.predict(image[None]))
   np.testing.assert_array_equal(source.conditions.attributes, classifier.predict(image[None]))
   with pytest.raises(UserError, match='--source_mask=auto .* --evaluators'):
-    edit_inputs.read_source(photograph, pipeline, None, 'auto', classifier)
+    inputs.read_source(photograph, pipeline, None, 'auto', classifier)
 
 
 def test_figures_are_of_their_pixels_alone():
@@ -322,7 +322,7 @@ def test_what_was_edited_is_edited_again_from_its_source(
     num_images=2,
   )
   path = tmp_path / 'out' / '001.png'
-  found = provenance.read(path)
+  found = records.read(path)
   assert found['request']['attributes'] == {'Smiling': 1, 'Eyeglasses': 1}
   assert found['edit']['attributes'] == {'Smiling': 1, 'Eyeglasses': -1}
   with Image.open(path) as opened:
@@ -341,7 +341,7 @@ def test_what_was_edited_is_edited_again_from_its_source(
     sample.verify(path, model, path)
   damaged = {**found, 'edit': {**found['edit'], 'strength': 'much'}}
   with pytest.raises(UserError, match='damaged'):
-    editing.redraw(pipeline, damaged, photograph)
+    recorded.redraw(pipeline, damaged, photograph)
 
 
 def region_file(folder):
@@ -353,17 +353,17 @@ def test_an_edit_of_what_p2ldm_drew_is_no_photograph(pipeline, model, tmp_path, 
   pipeline({'Eyeglasses': -1}, MASK, 1, steps=2)[0].save(tmp_path / 'face.png')
   out = tmp_path / 'out'
   edit.edit(model, tmp_path / 'face.png', out, DEFAULTS, attributes='Eyeglasses', region='hair')
-  found = provenance.read(out / '000.png')
+  found = records.read(out / '000.png')
   assert found['request']['attributes'] == {'Eyeglasses': 1}
-  target = provenance.mask_of(found['request'])
-  grown = editing.grown((MASK == 2)[None], 0)[0]  # 16 // 32 pixels
+  target = records.mask_of(found['request'])
+  grown = edits.grown((MASK == 2)[None], 0)[0]  # 16 // 32 pixels
   np.testing.assert_array_equal(target == 255, grown)  # left to the model in the region
   new = np.full_like(MASK, 1)
   new[12:] = 255
   Image.fromarray(new).save(tmp_path / 'mask.png')
   given = {'mask': str(tmp_path / 'mask.png'), 'region': 'hair', 'overwrite': True}
   report = edit.edit(model, tmp_path / 'face.png', out, DEFAULTS, **given)
-  target = provenance.mask_of(provenance.read(out / '000.png')['request'])
+  target = records.mask_of(records.read(out / '000.png')['request'])
   np.testing.assert_array_equal(target, np.where((MASK == 2) & (new == 1), 1, MASK))
   assert '64 pixels in which --mask differs lie outside' in ' '.join(report['notes'])
   with Image.open(out / '000.png') as opened:
@@ -427,7 +427,7 @@ def test_the_command_edits_without_tensorflow(model, photograph, tmp_path):
   assert 'There is no classifier' in done.stdout and '000.png: outside of the region' in done.stdout
   (line,) = log.read_text().splitlines()
   assert json.loads(line)['attributes'] == 'Smiling'
-  sha256 = provenance.read(tmp_path / 'out' / '000.png')['edit']['source']['sha256']
+  sha256 = records.read(tmp_path / 'out' / '000.png')['edit']['source']['sha256']
   assert json.loads(line)['source']['sha256'] == sha256
 
 

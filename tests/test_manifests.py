@@ -34,11 +34,12 @@ from cryptography.x509.oid import ExtendedKeyUsageOID as Usage
 from cryptography.x509.oid import NameOID
 
 import p2ldm
-from p2ldm import edit, manifests, provenance, sample, synthesis
+from p2ldm import edit, sample, synthesis
 from p2ldm.data.prepared import open_dataset
 from p2ldm.errors import UserError
 from p2ldm.interop import model_directory
 from p2ldm.pipeline import Pipeline
+from p2ldm.provenance import manifests, records, redrawing
 
 MASK = np.array([[0, 1], [2, 255]], np.uint8).repeat(8, 0).repeat(8, 1)
 KEYS = {
@@ -143,7 +144,7 @@ def pipeline(model):
 
 def picture(record=RECORD, color=40):
   pixels = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8) // 2 + color
-  return provenance.GeneratedImage.of(Image.fromarray(pixels), record)
+  return records.GeneratedImage.of(Image.fromarray(pixels), record)
 
 
 def judged(data: bytes, anchors=ROOT) -> dict:
@@ -209,8 +210,8 @@ def test_all_else_in_the_file_stays(signer, tmp_path):
   data = manifests.png(picture(), signer)
   assert stripped(data) == manifests.png(picture()) != data
   path = written(tmp_path, data)
-  assert provenance.read(path) == picture().record
-  good, found = provenance.verify(path)
+  assert records.read(path) == picture().record
+  good, found = redrawing.verify(path)
   assert good, found
   with Image.open(path) as image:
     assert image.tobytes() == picture().tobytes()
@@ -244,7 +245,7 @@ def test_parts_that_a_signature_leaves_out_are_mentioned(signer):
 
 def with_changed_pixel(data):
   with Image.open(io.BytesIO(data)) as image:
-    info = provenance.PngImagePlugin.PngInfo()
+    info = records.PngImagePlugin.PngInfo()
     info.add_itxt('p2ldm', image.text['p2ldm'])
     copy = image.convert('RGB')
   copy.putpixel((3, 3), (1, 2, 3))
@@ -343,7 +344,7 @@ def test_a_manifest_that_lies_elsewhere_is_not_fetched(pair, tmp_path):
       builder.sign(c2pa.Signer.from_info(info), 'image/png', plain, file)
     good, found = manifests.check(written(tmp_path, file.getvalue()))
     assert good and 'not fetched' in found and url in found
-    assert provenance.read(tmp_path / 'picture.png') == picture().record  # others add to our XMP
+    assert records.read(tmp_path / 'picture.png') == picture().record  # others add to our XMP
     with Image.open(tmp_path / 'picture.png') as image:
       assert url in image.info['xmp'].decode()
     assert not asked
@@ -559,7 +560,7 @@ def test_an_edit_of_a_photograph_names_its_source(
     (ingredient,) = active(found)['ingredients']
     assert ingredient['relationship'] == 'parentOf' and 'thumbnail' not in ingredient
     assert ingredient['label'] in opened['parameters']['ingredients'][0]['url']
-    assert provenance.read(tmp_path / 'out' / edited)['edit']['source']['photograph']
+    assert records.read(tmp_path / 'out' / edited)['edit']['source']['photograph']
 
 
 def test_an_edit_of_a_signed_picture_carries_its_manifest_on(

@@ -8,10 +8,11 @@ import pytest
 import tiny_model
 from PIL import Image
 
-from p2ldm import provenance, sample
+from p2ldm import sample
 from p2ldm.errors import UserError
 from p2ldm.interop import model_directory, packaged
 from p2ldm.pipeline import Pipeline
+from p2ldm.provenance import records
 
 WITHOUT_TENSORFLOW = """
 import importlib.abc, runpy, sys
@@ -183,7 +184,7 @@ class FakePipeline:
   def __call__(self, attributes, mask, num_images, **options):
     record = {'generator': 'p2ldm', 'model': {}, 'drawn': {}}
     return [
-      provenance.GeneratedImage.of(
+      records.GeneratedImage.of(
         Image.new('RGB', (16, 16), (i, i, i)), {**record, 'request': {'image': i}}
       )
       for i in range(num_images)

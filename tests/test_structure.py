@@ -12,9 +12,8 @@ ROOT = pathlib.Path(p2ldm.__file__).parent
 MODULES = sorted(ROOT.rglob('*.py'))
 # Each may import what stands before it, and itself.
 ORDER = ('interruptions', 'errors', 'storage', 'processes', 'sharding', 'data', 'models', 'diffusion',
-         'interop', 'pictures', 'conditions', 'provenance', 'certificates', 'manifests', 'usage',
-         'pipeline', 'editing', 'evaluation', 'edit_inputs', 'synthesis', 'reports', 'training', 'web',
-         'commands')  # fmt: skip
+         'interop', 'pictures', 'conditions', 'provenance', 'pipeline', 'evaluation', 'editing',
+         'synthesis', 'reports', 'training', 'web', 'commands')  # fmt: skip
 COMMANDS = (
   'main',
   'prepare',

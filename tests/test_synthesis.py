@@ -9,12 +9,13 @@ import tiny_evaluation
 import tiny_model
 from PIL import Image
 
-from p2ldm import provenance, synthesis, usage
+from p2ldm import synthesis
 from p2ldm.data.prepared import open_dataset
 from p2ldm.errors import UserError
 from p2ldm.evaluation.evaluators import make_evaluator
 from p2ldm.pipeline import Pipeline
 from p2ldm.prepare import prepare
+from p2ldm.provenance import records, usage
 from p2ldm.synthesis import Conditions, Settings, synthesize
 
 SETTINGS = Settings(steps=2, batch_size=4)
@@ -58,9 +59,9 @@ def test_what_is_written_is_prepared_like_any_data_set(pipeline, dataset, tmp_pa
     assert lines[1 + i] == ','.join(map(str, [f'{i:06d}', *attributes[i]]))
     with Image.open(tmp_path / 'new' / 'masks' / f'{i:06d}.png') as mask:
       np.testing.assert_array_equal(np.asarray(mask), masks[i])
-    found = provenance.read(tmp_path / 'new' / 'images' / f'{i:06d}.png')
+    found = records.read(tmp_path / 'new' / 'images' / f'{i:06d}.png')
     assert found['request']['image'] == i
-    np.testing.assert_array_equal(provenance.mask_of(found['request']), masks[i])
+    np.testing.assert_array_equal(records.mask_of(found['request']), masks[i])
 
 
 def test_a_call_that_was_stopped_goes_on_to_the_same_faces(

@@ -7,8 +7,9 @@ import json
 import httpx
 import tiny_model
 
-from p2ldm import demo, usage
+from p2ldm import demo
 from p2ldm.interop import model_directory
+from p2ldm.provenance import usage
 from p2ldm.web.page import launch
 
 GOOD = ('', {}, 3, 2, 3.0, 1.5, 2)  # mask, attributes, seed, steps, guidance of both, images

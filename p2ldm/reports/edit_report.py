@@ -5,14 +5,15 @@ import dataclasses
 import numpy as np
 from PIL import Image
 
-from p2ldm import pictures, provenance
+from p2ldm import pictures
 from p2ldm.data.labels import UNSPECIFIED
-from p2ldm.edit_inputs import Request, Source
-from p2ldm.editing import Edits, Settings
+from p2ldm.editing.edits import Edits, Settings
+from p2ldm.editing.inputs import Request, Source
 from p2ldm.evaluation import edits as figures
 from p2ldm.evaluation.evaluators import Classifier, Parser
 from p2ldm.models.perceptual import Distance
 from p2ldm.pipeline import Pipeline
+from p2ldm.provenance import records
 
 _UNCHANGED = (
   40.0  # dB of PSNR to the reconstruction in the region, from which on nothing is to be seen
@@ -183,7 +184,7 @@ def comparison(
 ) -> Image.Image:
   """The source, what may change, both masks where there are any, and the edits (at most 8).
 
-  It carries the records of the edits, as `provenance.grid_record` joins them.
+  It carries the records of the edits, as `records.grid_record` joins them.
   """
   old, new, schema = source.conditions.mask[0], asked.target.mask[0], pipeline.schema
   shown = [('Source', source.image), ('May change', pictures.tinted(source.image, asked.region))]
@@ -198,8 +199,8 @@ def comparison(
   titles, images = zip(*shown, strict=True)
   text = schema.describe_attributes(_asked(source, asked)).replace(', ', '\n')
   picture = pictures.panels([images], titles, [text] if text else [])
-  record = provenance.grid_record([image.record for image in edited])
-  return provenance.GeneratedImage.of(picture, record)
+  record = records.grid_record([image.record for image in edited])
+  return records.GeneratedImage.of(picture, record)
 
 
 def _asked(source: Source, asked: Request) -> np.ndarray:

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
-from p2ldm import conditions, manifests, provenance
+from p2ldm import conditions
 from p2ldm.data.labels import UNSPECIFIED
 from p2ldm.errors import UserError
-from p2ldm.usage import UsageLog
+from p2ldm.provenance import manifests, records, redrawing
+from p2ldm.provenance.usage import UsageLog
 from p2ldm.web import asked
 from p2ldm.web.asked import Limits
 
@@ -55,7 +56,7 @@ class Studio:
 
     Yields:
       {'state': 'starting'}; then, about ten times a second, {'state': 'drawing', 'done', 'total'} in steps;
-      and at last {'state': 'done', 'seconds', 'faces': [`provenance.GeneratedImage`]}.
+      and at last {'state': 'done', 'seconds', 'faces': [`records.GeneratedImage`]}.
 
     Raises:
       UserError: it cannot be drawn; the message says what to change.
@@ -72,10 +73,10 @@ class Studio:
     """
     asked.open_picture(url, 'The picture', self.limits)  # of a bearable size
     data = asked.read_bytes(url, 'The picture', self.limits)
-    record = provenance.read(io.BytesIO(data), 'The picture')
+    record = records.read(io.BytesIO(data), 'The picture')
     if record is None:
       raise UserError('The picture carries no record of how it was drawn, so it cannot be varied.')
-    request = provenance.request_of(self.pipeline, record)
+    request = redrawing.request_of(self.pipeline, record)
     asked.check_steps(self.pipeline, self.limits, request['steps'])
     varied = {**request, 'image': record['request'].get('image')}
     request['variation'] = conditions.read_variation(conditions.vary(varied, VARIATION))
@@ -139,7 +140,7 @@ class Studio:
       attributes = {name: value for name, value in names if value}
     given = mask is not None and (mask != UNSPECIFIED).any()
     what = {**request, 'attributes': attributes}
-    what['mask'] = provenance.mask_sha256(mask) if given else None
+    what['mask'] = records.mask_sha256(mask) if given else None
     model = {'name': self.pipeline.name, 'weights_sha256': self.pipeline.config.get('sha256')}
     try:
       self._log.add(event, model=model, **what)
@@ -149,7 +150,7 @@ class Studio:
       ) from error
 
 
-def png_url(image: provenance.GeneratedImage, signer: manifests.Signer | None = None) -> str:
+def png_url(image: records.GeneratedImage, signer: manifests.Signer | None = None) -> str:
   """A picture as a data URL of its PNG, with its record, signed if there is a signer."""
   return f'data:image/png;base64,{base64.b64encode(manifests.png(image, signer)).decode()}'
 

@@ -13,13 +13,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from p2ldm import conditions, provenance
+from p2ldm import conditions
 from p2ldm.data import image_files
 from p2ldm.data.labels import UNSPECIFIED, LabelSchema
-from p2ldm.editing import Conditions, grown, target_of
+from p2ldm.editing.edits import Conditions, grown, target_of
 from p2ldm.errors import UserError
 from p2ldm.evaluation.evaluators import Classifier, Parser
 from p2ldm.pipeline import Pipeline
+from p2ldm.provenance import records
 
 AUTO, ALL = 'auto', 'all'
 
@@ -65,7 +66,7 @@ def read_source(
   whole = image_files.read_image(path)
   image = image_files.resize_image(whole, pipeline.image_size)
   notes = [_fitted(whole.size, pipeline.image_size)]
-  pixels = provenance.pixels_sha256(whole)
+  pixels = records.pixels_sha256(whole)
   record, note = _record(path, pixels)
   notes += [note] if note else []
   found, note = _recorded(record, pipeline)
@@ -85,7 +86,7 @@ def read_source(
     'sha256': hashlib.sha256(path.read_bytes()).hexdigest(),
     'pixels_sha256': pixels,
     'size': list(whole.size),
-    'photograph': record is None or provenance.of_photograph(record),
+    'photograph': record is None or records.of_photograph(record),
   }
   return Source(image, Conditions(*map(np.array, read)), about, tuple(notes))
 
@@ -249,7 +250,7 @@ def _fitted(size: tuple[int, int], side: int) -> str:
 def _record(path, pixels: str) -> tuple[dict | None, str]:
   """The record of an image that p2ldm drew and nobody changed since, and a note."""
   try:
-    record = provenance.read(path)
+    record = records.read(path)
   except UserError as error:
     return None, f'{error} It is treated as a photograph.'
   if record is None:
@@ -271,7 +272,7 @@ def _recorded(record: dict | None, pipeline: Pipeline) -> tuple[dict, str]:
     if takes['attributes'] != 'none':
       found['attributes'] = conditions.read_attributes(record['request']['attributes'], schema)
     if takes['mask'] != 'none':
-      found['mask'] = conditions.read_mask(provenance.mask_of(record['request']), schema, size)
+      found['mask'] = conditions.read_mask(records.mask_of(record['request']), schema, size)
   except (UserError, KeyError, TypeError) as error:
     return dict.fromkeys(found), f'What its record says that it shows is of no use here: {error}'
   return found, 'What it shows is what its record says that it was drawn, or edited, for.'

@@ -1,11 +1,11 @@
 """Signed C2PA manifests in the pictures that p2ldm writes, with a certificate of the user's own; optional.
 
-Anyone can write a record (`provenance`). A manifest (C2PA, the standard of "content credentials") is signed:
+Anyone can write a record (`records`). A manifest (C2PA, the standard of "content credentials") is signed:
 it says who vouches for a file, and a changed byte of the file makes it invalid. It holds
 
   claim generator   'p2ldm' and its version
   c2pa.actions.v2   of what was drawn c2pa.created; of an edit c2pa.opened, with the source as ingredient,
-                    and c2pa.edited; each with IPTC's digital source type, `provenance.source_type`
+                    and c2pa.edited; each with IPTC's digital source type, `records.source_type`
   p2ldm.model       name, and SHA-256 of its weights
   c2pa.hash.data    of all bytes of the file but its own: the pixels, the record, the XMP packet
 
@@ -23,8 +23,8 @@ from collections.abc import Mapping
 from PIL import Image
 
 import p2ldm
-from p2ldm import certificates
 from p2ldm.errors import UserError
+from p2ldm.provenance import certificates
 
 # The flags of every command that writes pictures, with their help; each defines them itself.
 FLAGS = {
@@ -70,7 +70,7 @@ class Signer:
 
     Args:
       png: the file.
-      record: of the image, as in `provenance`.
+      record: of the image, as in `records`.
       source: of an edit, the path of the image that was edited.
 
     Raises:
@@ -138,7 +138,7 @@ def png(image, signer: Signer | None = None, source=None) -> bytes:
   """The PNG file of an image with its record, signed if there is a signer.
 
   Args:
-    image: a `provenance.GeneratedImage`.
+    image: a `records.GeneratedImage`.
     signer: None for a file without a manifest.
     source: of an edit, the path of the image that was edited.
 
@@ -238,10 +238,11 @@ def _name(fields: Mapping | None) -> str:
 
 def _definition(record: Mapping) -> dict:
   """What the manifest of an image with this record says."""
-  from p2ldm import provenance  # which imports JAX: --help and a bad flag need not wait for it
+  # It imports JAX, for which --help and a bad flag need not wait.
+  from p2ldm.provenance import records
 
   agent = {'name': 'p2ldm', 'version': p2ldm.__version__}
-  what = {'digitalSourceType': provenance.source_type(record), 'softwareAgent': agent}
+  what = {'digitalSourceType': records.source_type(record), 'softwareAgent': agent}
   actions = [{'action': 'c2pa.created', **what}]
   if 'edit' in record:
     opened = {'action': 'c2pa.opened', 'parameters': {'ingredientIds': [_SOURCE]}}

@@ -29,7 +29,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from xml.sax import saxutils
 
 import jax
@@ -37,7 +37,6 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 import p2ldm
-from p2ldm import conditions
 from p2ldm.data.labels import UNSPECIFIED
 from p2ldm.errors import UserError
 
@@ -267,175 +266,6 @@ def mask_of(fields: Mapping, name: str = 'mask') -> np.ndarray | None:
   if mask_sha256(mask) != fields[f'{name}_sha256']:
     raise UserError(f'The {name} in the record is not the one that its hash says.')
   return mask
-
-
-def check_model(pipeline, record: Mapping):
-  """Raises `UserError` unless this model, and it alone, drew the image of a record."""
-  weights, ours = record['model'].get('weights_sha256'), pipeline.config.get('sha256')
-  if weights != ours or not ours:
-    raise UserError(
-      f'The image was drawn by a model of other weights ({record["model"].get("name")}, SHA-256 {weights}) '
-      f'than this one ({pipeline.name}, {ours}); give the model that drew it.'
-    )
-  if 'images' in record['drawn']:
-    raise UserError('This picture shows several images; verify one of them.')
-
-
-def request_of(pipeline, record: Mapping) -> dict:
-  """What a record asks for, as keyword arguments of `pipeline`: but for its place in a batch.
-
-  Args:
-    pipeline: that is to draw it, with the same weights.
-    record: of an image.
-
-  Returns:
-    attributes {name: value}, mask (S, S) uint8 or None, seed, sampler, steps, eta, guidance,
-    guidance_interval and variation.
-
-  Raises:
-    UserError: the model has other weights, the record is of several images or of an edit, or it is damaged.
-  """
-  if 'edit' in record:
-    source = record['edit'].get('source')
-    digest = source.get('sha256') if isinstance(source, Mapping) else None
-    raise UserError(
-      'This image is an edit, and cannot be drawn again without the image that was edited, which it does not '
-      f'hold: give that file as --source=FILE (its SHA-256 was {digest}).'
-    )
-  check_model(pipeline, record)
-  mask = mask_of(record['request'])
-  try:
-    request = record['request']
-    interval, variation = request['guidance_interval'], request.get('variation')
-    if interval is not None:
-      low, high = map(int, interval)
-      interval = (low, high)
-    return {
-      'attributes': {name: int(value) for name, value in request['attributes'].items()},
-      'mask': mask,
-      'seed': int(request['seed']),
-      'sampler': str(request['sampler']),
-      'steps': int(request['steps']),
-      'eta': float(request['eta']),
-      'guidance': dict(request['guidance']),
-      'guidance_interval': interval,
-      'variation': variation and conditions.read_variation(variation),
-    }
-  except UserError:
-    raise
-  except (KeyError, TypeError, ValueError, AttributeError) as error:
-    raise UserError(f'The record is damaged: {error!r}.') from error
-
-
-def redraw(pipeline, record: Mapping) -> Image.Image:
-  """Draws the image of a record again, in a batch of the same size and at the same place in it.
-
-  Args:
-    pipeline: on one device.
-    record: of the image.
-
-  Raises:
-    UserError: the model has other weights, the record asks for what it cannot draw, or is that of an edit
-      (`editing.redraw`).
-  """
-  options, drawn = request_of(pipeline, record), record['drawn']
-  given = (options.pop('attributes'), options.pop('mask'))
-  try:
-    size, row, image = int(drawn['batch_size']), int(drawn['row']), int(record['request']['image'])
-    devices = int(drawn['devices'])
-    if not (0 <= row < size <= 4096 and 0 < devices <= size and size % devices == 0):
-      raise ValueError(f'row {row} of {size} on {devices} devices')
-    size //= devices  # each had a program for its own part
-    row %= size
-    attributes, masks = pipeline.read_conditions(*given, size)
-    attributes, masks = attributes.copy(), masks.copy()
-    other = (row + 1) % size  # another image of the batch may have had what this one had not
-    for name, array, some in (('attributes', attributes, 1), ('mask', masks, 0)):
-      if name in drawn['conditions'] and not _specified(name, array):
-        array[other] = some
-  except (KeyError, TypeError, ValueError, AttributeError) as error:
-    raise UserError(f'The record is damaged: {error!r}.') from error
-  faces = pipeline(
-    attributes,
-    masks,
-    size,
-    first_image=image - row,
-    batch_size=size,
-    **options,
-  )
-  return faces[row]
-
-
-def verify(
-  path, load_pipeline: Callable | None = None, draw_again: Callable | None = None
-) -> tuple[bool, str]:
-  """Whether an image file is what its record says, and what was found, in sentences.
-
-  Args:
-    path: of the file.
-    load_pipeline: () -> the `Pipeline` to draw it again with; None leaves that out.
-    draw_again: (pipeline, record) -> image; None takes `redraw`.
-
-  Raises:
-    UserError: as `read` and `redraw`.
-  """
-  record = read(path)
-  if record is None:
-    return False, (
-      f'{path} carries no record: it was not drawn by p2ldm, or the record was removed, as re-encoding and '
-      'many sites do.'
-    )
-  with Image.open(path) as image:
-    untouched = pixels_sha256(image) == record['pixels_sha256']
-    pixels = np.asarray(image.convert('RGB'))
-  found = [_summary(path, record)]
-  found.append(
-    'Its pixels are those that were drawn.'
-    if untouched
-    else 'Its pixels are NOT those that were drawn: it was re-encoded with a loss, resized or edited since.'
-  )
-  if load_pipeline is None:
-    return untouched, ' '.join(found)
-  again = np.asarray((draw_again or redraw)(load_pipeline(), record))
-  same = again.shape == pixels.shape and bool((again == pixels).all())
-  if same:
-    found.append('Drawn again from its record, it is the same, bit for bit.')
-  elif again.shape != pixels.shape:
-    found.append(f'Drawn again, it has another size: {again.shape[1]} x {again.shape[0]}.')
-  else:
-    difference = np.abs(again.astype(np.int16) - pixels)
-    found.append(
-      f'Drawn again from its record, it differs by at most {difference.max()} of 255, by '
-      f'{difference.mean():.3g} in the mean. It was drawn on {record["drawn"].get("backend")} with jax '
-      f'{record["drawn"].get("jax")}; this is {jax.default_backend()} with {jax.__version__}: another '
-      'machine or version may round otherwise.'
-    )
-  return untouched and same, ' '.join(found)
-
-
-def _summary(path, record: Mapping) -> str:
-  request, model = record['request'], record['model']
-  named = request.get('attributes') or {}
-  attributes = ','.join(f'{"-" * (value < 0)}{name}' for name, value in named.items())
-  parts = [f'seed {request.get("seed")}']
-  parts += [f'image {request["image"]}'] if 'image' in request else []
-  parts += ['a variation of another'] if request.get('variation') else []
-  parts += [f'{request.get("sampler")} in {request.get("steps")} steps']
-  parts += [f'attributes {attributes}'] if attributes else []
-  parts += ['with a mask'] if request.get('mask_sha256') else []
-  made = 'generated it'
-  if 'edit' in record:
-    what = 'a photograph' if of_photograph(record) else 'an image that it drew'
-    made = f'made it by editing {what}'
-    parts += [f'strength {record["edit"].get("strength")}']
-  return (
-    f'{path} says that {record["generator"]} {made} with the model {model.get("name")!r}: '
-    f'{", ".join(parts)}.'
-  )
-
-
-def _specified(name: str, array: np.ndarray) -> bool:
-  return bool(array.any() if name == 'attributes' else (array != UNSPECIFIED).any())
 
 
 def _json(record: Mapping) -> str:

@@ -1,0 +1,1 @@
+"""How pictures say where they come from: records in them, signed manifests, a log of what was asked."""
