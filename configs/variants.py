@@ -38,10 +38,10 @@ def packaged(config: ConfigDict) -> None:
   # Edits keep no more of a face than the autoencoder does.
   config.autoencoder.model.update({'channel_multipliers': (1, 2, 2), 'codebook_size': 4096})
   config.autoencoder.training.update({'num_steps': 3_000})
-  config.diffusion.training.update({'num_steps': 12_000})
+  config.diffusion.training.update({'num_steps': 8_000})
   config.probe.every = 0  # its parser and classifier are a run of their own, evaluators.py:packaged
   config.evaluators.parser.training.update({'num_steps': 2_000})
-  config.evaluators.classifier.training.update({'num_steps': 2_400})
+  config.evaluators.classifier.training.update({'num_steps': 1_600})
   for training in (config.autoencoder.training, config.diffusion.training):
     training.update(
       {

@@ -1,4 +1,4 @@
-"""Winograd's convolution is XLA's, and a layer takes it where it should."""
+"""The faster forms of a convolution are XLA's, and a layer takes them where it should."""
 
 import functools
 
@@ -48,23 +48,31 @@ def test_rounding_is_a_few_times_that_of_the_plain_sum():
 
 
 @pytest.mark.parametrize(
-  ('fields', 'shape', 'ours'),
+  ('fields', 'shape', 'form'),
   [
-    ({'padding': 1}, (4, 8, 8, 4), True),
-    ({'padding': 'SAME'}, (2, 16, 16, 4), True),
-    ({'padding': 1}, (3, 8, 8, 4), False),  # 12 tiles
-    ({'padding': 1, 'features': 6}, (4, 8, 8, 4), False),
-    ({'padding': 1}, (2, 18, 8, 4), False),  # 4.5 tiles high
-    ({'padding': 1}, (2, 20, 36, 4), True),
-    ({'padding': 1, 'strides': 2}, (4, 8, 8, 4), False),
-    ({'padding': 0}, (4, 8, 8, 4), False),
-    ({'padding': 1, 'kernel_dilation': 2}, (4, 8, 8, 4), False),
-    ({'padding': 1, 'feature_group_count': 2}, (4, 8, 8, 4), False),
-    ({'padding': 1, 'dtype': jnp.bfloat16}, (4, 8, 8, 4), False),
+    ({'padding': 1}, (4, 8, 8, 6), 'winograd'),
+    ({'padding': 'SAME'}, (2, 16, 16, 6), 'winograd'),
+    ({'padding': 1}, (3, 8, 8, 6), ''),  # 12 tiles
+    ({'padding': 1, 'features': 6}, (4, 8, 8, 6), ''),
+    ({'padding': 1}, (2, 18, 8, 6), ''),  # 4.5 tiles high
+    ({'padding': 1}, (2, 20, 36, 6), 'winograd'),
+    ({'padding': 1, 'strides': 2}, (4, 8, 8, 6), ''),
+    ({'padding': 0}, (4, 8, 8, 6), ''),
+    ({'padding': 1, 'kernel_dilation': 2}, (4, 8, 8, 6), ''),
+    ({'padding': 1, 'feature_group_count': 2}, (4, 8, 8, 6), ''),
+    ({'padding': 1, 'dtype': jnp.bfloat16}, (4, 8, 8, 6), ''),
+    ({'padding': 1}, (4, 8, 8, 4), 'patches'),
+    ({'padding': 'SAME', 'features': 2}, (1, 7, 5, 3), 'patches'),
+    ({'padding': 1, 'strides': 2}, (4, 8, 8, 3), ''),
+    ({'padding': 1, 'dtype': jnp.bfloat16}, (4, 8, 8, 3), ''),
   ],
 )
-def test_a_layer_with_it_is_the_layer_without(fields, shape, ours, monkeypatch):
+def test_a_layer_with_it_is_the_layer_without(fields, shape, form, monkeypatch):
   calls = []
+  patches = convolution.conv_patches
+  monkeypatch.setattr(
+    convolution, 'conv_patches', lambda *a: calls.append('patches') or patches(*a)
+  )
   for name in ('conv', 'forward', 'backward'):
     real = getattr(winograd, name)
     monkeypatch.setattr(
@@ -83,15 +91,17 @@ def test_a_layer_with_it_is_the_layer_without(fields, shape, ours, monkeypatch):
 
   values = [jax.value_and_grad(functools.partial(loss, layer), (0, 1)) for layer in layers]
   jax.tree.map(same, *(value(params, x) for value in values))
-  assert calls == (['forward', 'backward'] if ours else [])
+  expected = {'winograd': {'forward', 'backward'}, 'patches': {'patches'}, '': set()}
+  assert {*calls} == expected[form]
   calls.clear()
   jax.tree.map(same, *(jax.jit(layer.apply)(params, x) for layer in layers))
-  assert ('conv' in calls) == ours
+  assert {*calls} == {'winograd': {'conv', 'forward'}, 'patches': {'patches'}, '': set()}[form]
 
 
-def test_a_program_for_other_platforms_has_xlas():
+@pytest.mark.parametrize('channels', [4, 6])
+def test_a_program_for_other_platforms_has_xlas(channels):
   layer = nn.Conv(16, (3, 3), padding=1, conv_general_dilated=convolution.conv)
-  (x,) = arrays((4, 8, 8, 4))
+  (x,) = arrays((4, 8, 8, channels))
   params = layer.init(jax.random.key(0), x)
   of = functools.partial(jax.export.export, jax.jit(layer.apply))
   text = {name: of(platforms=[name])(params, x).mlir_module() for name in ('cpu', 'tpu')}

@@ -1,7 +1,8 @@
-"""The 3x3 convolution of U-Net and autoencoder: XLA's, but on CPUs Winograd's (docs/performance.md).
+"""The 3x3 convolution of U-Net and autoencoder: XLA's, but on CPUs faster forms of it (docs/performance.md).
 
-That is in float32 and at stride 1, where there are channels and tiles enough to pay for the transforms. On
-accelerators, whose matrix units round too much for it, it is XLA's. A program that is exported for several
+In float32 and at stride 1 that is Winograd's, where there are channels and tiles enough to pay for the
+transforms, and of images and latents, whose channels are few, one product of their patches. On accelerators
+it is XLA's: their matrix units round too much for Winograd's. A program that is exported for several
 platforms has both.
 """
 
@@ -13,6 +14,7 @@ from jax import lax
 
 from p2ldm.models import winograd
 
+FEW_CHANNELS = 4  # that enter: nine times as much is no more than a few channels' map
 LEAST_CHANNELS = 16  # that leave
 LEAST_TILES = 16  # of a batch, below which transforming the kernel takes too long
 
@@ -30,7 +32,11 @@ def conv(x, kernel, strides, padding, **options):
     and set(options.get('lhs_dilation') or (1,)) == {1}
     and set(options.get('rhs_dilation') or (1,)) == {1}
   )
-  if not (plain and _pays(x, kernel) and jax.default_backend() == 'cpu'):
+  if not plain or x.dtype != jnp.float32 or jax.default_backend() != 'cpu':
+    return convolve(x, kernel)
+  if x.shape[-1] <= FEW_CHANNELS:
+    return lax.platform_dependent(x, kernel, cpu=conv_patches, default=convolve)
+  if not _pays(x, kernel):
     return convolve(x, kernel)
 
   @jax.custom_vjp
@@ -41,13 +47,29 @@ def conv(x, kernel, strides, padding, **options):
   return same(x, kernel)
 
 
+def conv_patches(x, kernel):
+  """The 3x3 convolution, stride 1, padded with zeros to the same size, as one matrix product.
+
+  Args:
+    x: (B, h, w, C).
+    kernel: (3, 3, C, D).
+
+  Returns:
+    (B, h, w, D).
+  """
+  height, width = x.shape[1:3]
+  x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+  patches = [x[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+  return jnp.concatenate(patches, -1) @ kernel.reshape(-1, kernel.shape[-1])
+
+
 def _pays(x, kernel) -> bool:
+  """Whether Winograd's form is faster than XLA's."""
   batch, height, width, _ = x.shape
   many = jax.export.is_symbolic_dim(batch)  # of a program that is exported for any batch
   many = many or batch * height * width >= LEAST_TILES * winograd.TILE**2
   return (
-    x.dtype == jnp.float32
-    and height % winograd.TILE == 0
+    height % winograd.TILE == 0
     and width % winograd.TILE == 0
     and many
     and kernel.shape[3] >= LEAST_CHANNELS
