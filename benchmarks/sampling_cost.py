@@ -1,6 +1,6 @@
 """How few steps are enough: seconds an image, and what they buy, for each sampler and number of steps.
 
-  python -m benchmarks.sampling_cost runs/multi_tiny --evaluators=runs/evaluators --num_samples=256
+  python -m benchmarks.sampling_cost runs/multi_tiny --evaluators=runs/evaluators_tiny --num_samples=256
 
 Draws the same faces, from the same noise and held-out conditions, with every sampler at every number of
 steps. Where a sampler has no noise of its own, both come to the solution of one differential equation as

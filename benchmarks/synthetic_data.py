@@ -1,6 +1,6 @@
 """Whether faces from `python -m p2ldm.synthesize` help where photographs are few: parsers, compared.
 
-  python -m p2ldm.synthesize --conditions=data/embedded_64 --num=500 --mix --out=synthetic
+  python -m p2ldm.synthesize runs/multi_tiny --conditions=data/embedded_64 --num=500 --mix --out=synthetic
   python -m benchmarks.synthetic_data synthetic --data=data/embedded_64 --out=runs/synthetic_data
 
 Trains parsers of configs/evaluators.py:tiny, alike but for what they see: all faces of the training split, a
@@ -9,7 +9,8 @@ steps. All are measured on the whole validation split, which none has seen. Prin
 parser and a table; `--out` keeps data sets and runs, and the same command goes on from them.
 
 The generator has usually seen more than the tenth: what it adds is what it learned there, and a gain over
-the tenth alone says that this gets across, not that data come from nothing.
+the tenth alone says that this gets across, not that data come from nothing. It must not have seen the
+validation split: the model of the package goes with data/embedded_64_12k (configs/multi.py:packaged) alone.
 """
 
 import json

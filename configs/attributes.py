@@ -4,7 +4,7 @@ from configs import base, variants
 
 
 def get_config(variant: str = ''):
-  """`attributes.py`, `attributes.py:tiny` or `attributes.py:faces64`."""
+  """`attributes.py`, `attributes.py:tiny`, `attributes.py:packaged` or `attributes.py:faces64`."""
   config = variants.apply(base.get_config(), variant)
   config.denoiser.mask = 'none'
   config.stages = tuple(stage for stage in config.stages if stage != 'parser')

@@ -4,7 +4,7 @@ from configs import base, variants
 
 
 def get_config(variant: str = ''):
-  """`autoencoder.py`, `autoencoder.py:tiny` or `autoencoder.py:faces64`."""
+  """`autoencoder.py`, `autoencoder.py:tiny`, `autoencoder.py:packaged` or `autoencoder.py:faces64`."""
   config = variants.apply(base.get_config(), variant)
   config.stages = ('autoencoder',)
   return config

@@ -4,7 +4,7 @@ from configs import base, variants
 
 
 def get_config(variant: str = ''):
-  """`masks.py`, `masks.py:tiny` or `masks.py:faces64`."""
+  """`masks.py`, `masks.py:tiny`, `masks.py:packaged` or `masks.py:faces64`."""
   config = variants.apply(base.get_config(), variant)
   config.denoiser.attributes = 'none'
   config.stages = tuple(stage for stage in config.stages if stage != 'classifier')

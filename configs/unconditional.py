@@ -4,7 +4,7 @@ from configs import base, variants
 
 
 def get_config(variant: str = ''):
-  """`unconditional.py`, `unconditional.py:tiny` or `unconditional.py:faces64`."""
+  """`unconditional.py`, or with `:tiny`, `:packaged` or `:faces64` behind it."""
   config = variants.apply(base.get_config(), variant)
   config.denoiser.attributes = 'none'
   config.denoiser.mask = 'none'

@@ -6,7 +6,7 @@
 One parser, one classifier, one autoencoder and one latent cache serve all cells; each cell is a
 training of its own, with the same budget and the same seeds. Started again, also after SIGTERM (exit status
 75), it goes on where it was.
-The workdir receives results.md (a table, mean and spread over the seeds), results.json and two plots;
+The workdir receives results.md (a table, mean and spread over the seeds), results.json and plots;
 they are written after every cell, so that a part of the table can be read while the rest is trained.
 """
 

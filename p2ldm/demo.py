@@ -1,10 +1,12 @@
 """Serves a web page on which anyone draws faces with a trained model.
 
+  python -m p2ldm.demo
   python -m p2ldm.demo runs/multi_tiny
 
-Open the address that it prints. Paint a mask or start from an example, a file or, with a parser, a
-photograph; set attributes; draw; vary what you like; download it. Every picture carries how it was made
-(`python -m p2ldm.sample --verify=FILE` reads that back).
+The argument is a model directory or the workdir of a training run; without one it is the model that the
+package comes with. Open the address that is printed. Paint a mask or start from an example, a file or, with
+a parser, a photograph; set attributes; draw; vary what you like; download it. Every picture carries how it
+was made (`python -m p2ldm.sample --verify=FILE` reads that back).
 
 The page is seen on this machine alone unless --host says otherwise (0.0.0.0: everyone who can reach it, and
 there is no password). Requests are drawn one after the other. What is asked for is noted in a log on this

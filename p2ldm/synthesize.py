@@ -2,11 +2,12 @@
 
   python -m p2ldm.synthesize runs/multi_tiny --conditions=data/embedded_64 --num=500 --out=synthetic
 
-Conditions are those of the faces of a prepared data set, or with --mix the attributes of one and the mask
-of another; --balance takes faces with rare attributes more often. With a parser and a classifier
-(--evaluators, or those of the model's run) only faces are kept that show enough of what was asked,
---min_adherence of what the evaluators find in photographs. The result is a raw data set, a folder of
-images, masks and a table:
+The first argument is a model directory or the workdir of a training run; without one it is the model that
+the package comes with. Conditions are those of the faces of a prepared data set, or with --mix the
+attributes of one and the mask of another; --balance takes faces with rare attributes more often. With a
+parser and a classifier (--evaluators, or those of the model's run) only faces are kept that show enough of
+what was asked, --min_adherence of what the evaluators find in photographs. The result is a raw data set, a
+folder of images, masks and a table:
 
   python -m p2ldm.prepare --raw=synthetic --out=data/synthetic_64 --image_size=64
 

@@ -239,10 +239,10 @@ def test_a_big_grid_says_how_many_it_shows(monkeypatch):
   assert many_options['titles'][3] == 'Samples (64 of 70)'
 
 
-def test_a_build_without_a_model_says_so(monkeypatch, tmp_path):
+def test_an_installation_without_the_model_says_so(monkeypatch, tmp_path):
   monkeypatch.setattr(packaged, '_DIRECTORY', tmp_path)
   for given in (None, 'packaged'):
-    with pytest.raises(UserError, match='comes without a model.*runs/multi_tiny'):
+    with pytest.raises(UserError, match='missing from this installation.*runs/multi_tiny'):
       packaged.model_path(given)
   (tmp_path / 'config.json').write_text('{}')
   for given in (None, 'packaged'):

@@ -1,4 +1,4 @@
-"""The model that a build of the package may come with: small, of the embedded faces, without a download."""
+"""The model that comes with the package: small, of the embedded faces, without a download."""
 
 import pathlib
 
@@ -18,13 +18,14 @@ def model_path(given=None):
       comes with the package.
 
   Raises:
-    UserError: this build comes without one.
+    UserError: it is missing from this installation.
   """
   if given is not None and str(given) != NAME:
     return storage.as_path(given).expanduser()
   if not (_DIRECTORY / 'config.json').is_file():
     raise UserError(
-      'This build of p2ldm comes without a model, so name one: a model directory or the workdir of a '
-      'training run, as runs/multi_tiny. To get one: python -m p2ldm.main --config=configs/multi.py:tiny'
+      f'The model of the package is missing from this installation ({_DIRECTORY}). Install p2ldm again, or '
+      'name a model: a model directory or the workdir of a training run, as runs/multi_tiny. To get one: '
+      'python -m p2ldm.main --config=configs/multi.py:tiny'
     )
   return storage.as_path(_DIRECTORY)
