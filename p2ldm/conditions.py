@@ -122,6 +122,26 @@ def read_guidance(value) -> dict[str, float]:
   return scales
 
 
+def read_interval(value, num_timesteps: int) -> tuple[int, int] | None:
+  """The timesteps (low, high) of guidance, both included; None is all of them.
+
+  Raises:
+    UserError: it is not two whole numbers, 0 <= low <= high < num_timesteps.
+  """
+  if value is None:
+    return None
+  try:
+    low, high = map(int, value)
+  except (TypeError, ValueError, OverflowError):
+    low, high = 0, -1
+  if not 0 <= low <= high < num_timesteps:
+    raise UserError(
+      f'guidance_interval is two timesteps, LOW,HIGH, from 0 to {num_timesteps - 1}, as in 100,800, not '
+      f'{str(value)[:100]}.'
+    )
+  return low, high
+
+
 def read_variation(value: Mapping) -> dict:
   """What a variation is of: {'of': [[seed, image, weight], ...], 'strength': s}.
 

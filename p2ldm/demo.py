@@ -29,7 +29,7 @@ def main(model=None):
 
   signer = manifests.load(FLAGS.c2pa_certificate, FLAGS.c2pa_key, FLAGS.c2pa_timestamp_url)
   model = model_path(model)
-  log = usage.UsageLog(FLAGS.usage_log)
+  log = usage.open_log(FLAGS.usage_log)
   limits = (FLAGS.max_images, FLAGS.max_steps, FLAGS.max_queue)
   page, drawer = load(model, log, FLAGS.parser, *limits, signer)
   from p2ldm.web.page import launch
@@ -111,9 +111,7 @@ def define_flags():
   flags.DEFINE_integer('max_images', 8, 'Faces in one request, at most.', 1, 64)
   flags.DEFINE_integer('max_steps', 100, 'Steps of one request, at most.', 1)
   flags.DEFINE_integer('max_queue', 32, 'Requests that wait, at most; more are refused.', 1)
-  flags.DEFINE_string(
-    'usage_log', str(usage.default_path()), "Where what is asked is noted; '' for nowhere."
-  )
+  flags.DEFINE_string('usage_log', None, usage.HELP)
   for name, text in manifests.FLAGS.items():
     flags.DEFINE_string(name, None, text)
 

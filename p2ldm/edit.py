@@ -109,7 +109,7 @@ def edit(
       'feather': grow if settings['feather'] is None else settings['feather'],
     }
   )
-  settings.check()
+  settings.check(pipeline.schedule.num_timesteps)
   if log is not None:
     log.add('edit', **edit_report.about(pipeline, source, asked, settings), out=str(out))
   edited, edits = recorded.edit_variants(
@@ -237,9 +237,7 @@ def define_flags():
   )
   flags.DEFINE_string('out', None, 'Folder to write.')
   flags.DEFINE_boolean('overwrite', False, 'Replace the edits in --out.')
-  flags.DEFINE_string(
-    'usage_log', str(usage.default_path()), "Where what is asked is noted; '' for nowhere."
-  )
+  flags.DEFINE_string('usage_log', None, usage.HELP)
   for name, text in manifests.FLAGS.items():
     flags.DEFINE_string(name, None, text)
 
@@ -259,7 +257,7 @@ def main(model=None):
   names = ('attributes', 'mask', 'source_attributes', 'source_mask', 'region', 'grow', 'hold_mask')
   names += ('num_images', 'batch_size', 'evaluators', 'overwrite')
   signer = manifests.load(FLAGS.c2pa_certificate, FLAGS.c2pa_key, FLAGS.c2pa_timestamp_url)
-  log = usage.UsageLog(FLAGS.usage_log)
+  log = usage.open_log(FLAGS.usage_log)
   if log.path:
     print(f'What is asked for is noted in {log.path}.')
   options = {name: FLAGS[name].value for name in names}

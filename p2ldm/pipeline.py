@@ -207,8 +207,6 @@ class Pipeline:
     Raises:
       UserError: any of these is out of range, or a condition that this model does not take.
     """
-    if num_images is not None and num_images < 1:
-      raise UserError(f'num_images must be at least 1, not {num_images}.')
     if batch_size is not None and batch_size < 1:
       raise UserError(f'batch_size must be at least 1, not {batch_size}.')
     if not 0 <= seed < 2**32:
@@ -224,7 +222,7 @@ class Pipeline:
       bool((mask != UNSPECIFIED).any()),
     )
     options = {'sampler': sampler, 'steps': steps, 'eta': eta}
-    interval = None if guidance_interval is None else tuple(map(int, guidance_interval))
+    interval = conditions.read_interval(guidance_interval, self.schedule.num_timesteps)
     start = () if variation is None else self._start(conditions.read_variation(variation))
     run = self._sampler(branches, interval, options, bool(progress), bool(start))
     weights = np.array([branch.weight for branch in branches], np.float32)
@@ -337,6 +335,8 @@ class Pipeline:
     Raises:
       UserError: they cannot be read, do not fit num_images, or this model does not take them.
     """
+    if num_images is not None and num_images < 1:
+      raise UserError(f'num_images must be at least 1, not {num_images}.')
     attributes = conditions.read_attributes(attributes, self.schema)
     mask = conditions.read_mask(mask, self.schema, self.image_size)
     for name, given in (('attributes', attributes.any()), ('mask', (mask != UNSPECIFIED).any())):

@@ -96,8 +96,8 @@ def verify(path, model=None, source=None):
   from p2ldm.pipeline import Pipeline
   from p2ldm.provenance import redrawing
 
-  def load():
-    return Pipeline.from_pretrained(model)
+  def load(dtype):
+    return Pipeline.from_pretrained(model, dtype)
 
   def draw_again(pipeline, record):
     if 'edit' in record and source:

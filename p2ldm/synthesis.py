@@ -185,7 +185,7 @@ def synthesize(
   out = pathlib.Path(out).expanduser().absolute()
   storage.check_absent(out)
   takes = {name: pipeline.config['denoiser'][name] != 'none' for name in ('attributes', 'mask')}
-  _check(pipeline, dataset, takes, parser, classifier, num, settings)
+  _check(pipeline, dataset, takes, parser, classifier, num, max_draws, settings)
   conditions = Conditions(dataset, takes, settings)
   judge = _Judge(parser, classifier, settings.min_adherence)
   fixed = {
@@ -195,29 +195,34 @@ def synthesize(
     'judged_by': judge.about(),
     **({'signed_by': signer.about} if signer else {}),
   }
-  with _Workspace(out, fixed) as work:
-    with tqdm(total=num, initial=min(num, len(work.kept)), desc='kept', unit='face') as bar:
-      while len(work.kept) < num:
-        interruptions.check('the faces drawn so far; the same command goes on from them')
-        if work.drawn >= max_draws * num:
-          raise UserError(
-            f'Of {work.drawn} faces drawn, {len(work.kept)} show enough of what was asked to be kept '
-            f'(--min_adherence={settings.min_adherence:g}), and {num} are wanted: lower it, train the model '
-            'longer, or raise --max_draws. What was kept so far serves the same command again.'
-          )
-        before = len(work.kept)
-        _draw_batch(pipeline, conditions, judge, settings, work, takes, signer)
-        note(drawn=settings.batch_size, kept=len(work.kept) - before, first=work.drawn)
-        bar.update(min(num, len(work.kept)) - before)
-        bar.set_postfix_str(f'{len(work.kept)} of {work.drawn} drawn')
-    report = {
-      **fixed,
-      'drawn': work.drawn,
-      'kept': len(work.kept),
-      'faces': num,
-      **_shares(work.kept[:num], dataset.schema),
-    }
-    work.finish(num, dataset.schema, takes, report)
+  try:
+    with _Workspace(out, fixed) as work:
+      with tqdm(total=num, initial=min(num, len(work.kept)), desc='kept', unit='face') as bar:
+        while len(work.kept) < num:
+          interruptions.check('the faces drawn so far; the same command goes on from them')
+          if work.drawn >= max_draws * num:
+            raise UserError(
+              f'Of {work.drawn} faces drawn, {len(work.kept)} show enough of what was asked to be kept '
+              f'(--min_adherence={settings.min_adherence:g}), and {num} are wanted: lower it, train the '
+              'model longer, or raise --max_draws. What was kept so far serves the same command again.'
+            )
+          before = len(work.kept)
+          _draw_batch(pipeline, conditions, judge, settings, work, takes, signer)
+          note(drawn=settings.batch_size, kept=len(work.kept) - before, first=work.drawn)
+          bar.update(min(num, len(work.kept)) - before)
+          bar.set_postfix_str(f'{len(work.kept)} of {work.drawn} drawn')
+      report = {
+        **fixed,
+        'drawn': work.drawn,
+        'kept': len(work.kept),
+        'faces': num,
+        **_shares(work.kept[:num], dataset.schema),
+      }
+      work.finish(num, dataset.schema, takes, report)
+  except OSError as error:
+    raise UserError(
+      f'{out} cannot be made: {error}. What was kept so far serves the same command again.'
+    ) from error
   return report
 
 
@@ -309,17 +314,12 @@ class _Workspace:
       raise
     return self
 
-  def __exit__(self, *error):
+  def __exit__(self, kind, *error):
+    if kind is not None and not self.drawn:
+      shutil.rmtree(self.folder)
     self._file.close()
 
   def _resume(self):
-    path = self.folder / _SETTINGS
-    if path.exists() and storage.read_json(path) != json.loads(json.dumps(self._fixed)):
-      raise UserError(
-        f'{self.folder} holds faces of an earlier call for {self._out} with other settings, model, data '
-        'or certificate. Give the same again to go on, another --out, or remove that folder.'
-      )
-    storage.write_json(path, self._fixed)
     self._file.seek(0)
     whole = 0
     for line in self._file:
@@ -330,6 +330,14 @@ class _Workspace:
       whole += len(line.encode())
       self.drawn += batch['drawn']
       self.kept += batch['kept']
+    path = self.folder / _SETTINGS
+    same = path.exists() and storage.read_json(path) == json.loads(json.dumps(self._fixed))
+    if self.drawn and not same:
+      raise UserError(
+        f'{self.folder} holds faces of an earlier call for {self._out} with other settings, model, data '
+        'or certificate. Give the same again to go on, another --out, or remove that folder.'
+      )
+    storage.write_json(path, self._fixed)
     self._file.truncate(whole)
 
   def name(self, offset: int) -> str:
@@ -346,7 +354,8 @@ class _Workspace:
 
   def finish(self, num: int, schema, takes, report: dict):
     """Gives the folder its name, with the first `num` faces, table, schema and report."""
-    self.kept = self.kept[:num]
+    storage.check_absent(self._out)
+    self._forget(self.kept[num:])
     names = {row['name'] for row in self.kept}
     for kind in (IMAGES, MASKS):
       for path in (self.folder / kind).iterdir():
@@ -361,9 +370,18 @@ class _Workspace:
         table.writerows([row['name'], *row['attributes']] for row in self.kept)
     schema.save(self.folder / SCHEMA)
     storage.write_json(self.folder / REPORT, report)
+    self.folder.rename(self._out)  # a kill until here loses nothing
     for name in (_SETTINGS, _BATCHES):
-      (self.folder / name).unlink()
-    self.folder.rename(self._out)
+      (self._out / name).unlink()
+
+  def _forget(self, surplus: list[dict]):
+    """Leaves the last faces out of what is noted, before their files are removed."""
+    if not surplus:
+      return
+    self.kept = self.kept[: -len(surplus)]
+    new = self.folder / f'{_BATCHES}.new'
+    new.write_text(json.dumps({'drawn': self.drawn, 'kept': self.kept}) + '\n')
+    new.replace(self.folder / _BATCHES)
 
 
 def _shares(rows: list[dict], schema) -> dict:
@@ -373,9 +391,13 @@ def _shares(rows: list[dict], schema) -> dict:
   return {'present': {name: count for name, count in named if count}}
 
 
-def _check(pipeline, dataset, takes, parser, classifier, num: int, settings: Settings):
+def _check(pipeline, dataset, takes, parser, classifier, num, max_draws, settings: Settings):
   if num < 1 or settings.batch_size < 1:
     raise UserError('--num and --batch_size must be at least 1.')
+  if not 0 <= settings.seed < 2**32:
+    raise UserError(f'--seed must be from 0 to {2**32 - 1}, not {settings.seed}.')
+  if not max_draws > 0:
+    raise UserError(f'--max_draws must be more than 0, not {max_draws:g}.')
   if settings.min_adherence < 0:
     raise UserError(f'--min_adherence must be 0 or more, not {settings.min_adherence:g}.')
   if not any(takes.values()):

@@ -45,7 +45,7 @@ def main(model=None):
 
   storage.check_absent(storage.as_path(FLAGS.out).expanduser())
   signer = manifests.load(FLAGS.c2pa_certificate, FLAGS.c2pa_key, FLAGS.c2pa_timestamp_url)
-  log = usage.UsageLog(FLAGS.usage_log)
+  log = usage.open_log(FLAGS.usage_log)
   if log.path:
     print(f'What is asked for is noted in {log.path}.')
   interruptions.catch()
@@ -114,9 +114,7 @@ def define_flags():
   flags.DEFINE_float(
     'max_draws', 20.0, 'Give up when so many faces were drawn for each one wanted.'
   )
-  flags.DEFINE_string(
-    'usage_log', str(usage.default_path()), "Where what is asked is noted; '' for nowhere."
-  )
+  flags.DEFINE_string('usage_log', None, usage.HELP)
   for name, text in manifests.FLAGS.items():
     flags.DEFINE_string(name, None, text)
 

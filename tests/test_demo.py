@@ -85,7 +85,7 @@ def test_faces_are_those_of_the_pipeline_and_say_how_they_were_made(client, draw
   for face, image in zip(faces, wanted, strict=True):
     np.testing.assert_array_equal(pixels(face), np.asarray(image))
     (tmp_path / 'face.png').write_bytes(base64.b64decode(face['url'].partition(',')[2]))
-    assert redrawing.verify(tmp_path / 'face.png', lambda: pipeline)[0]
+    assert redrawing.verify(tmp_path / 'face.png', lambda _: pipeline)[0]
   found = records.read(tmp_path / 'face.png')
   assert found['request']['attributes'] == {'Smiling': 1, 'Wearing_Hat': -1}
   np.testing.assert_array_equal(records.mask_of(found['request']), MASK)
@@ -110,7 +110,7 @@ def test_a_face_is_varied_and_so_is_the_variation(client, drawn, tmp_path):
   again = faces_of(client.ask('vary', [2], {'url': varied[1]['url']}))
   for face in (varied[1], again[0]):
     (tmp_path / 'face.png').write_bytes(base64.b64decode(face['url'].partition(',')[2]))
-    assert redrawing.verify(tmp_path / 'face.png', lambda: pipeline)[0]
+    assert redrawing.verify(tmp_path / 'face.png', lambda _: pipeline)[0]
     request = records.read(tmp_path / 'face.png')['request']
     assert request['attributes'] == {'Smiling': 1, 'Wearing_Hat': -1}
     assert request['steps'] == 2

@@ -187,7 +187,7 @@ def test_paint_set_draw_vary_download_and_read_back(page, client):
   np.testing.assert_array_equal(records.mask_of(found['request']), mask)
   varied = page.draw('.p2-actions button')
   file = page.download(varied[0])
-  good, text = redrawing.verify(file, lambda: client.drawer.pipeline)
+  good, text = redrawing.verify(file, lambda _: client.drawer.pipeline)
   assert good, text
   assert 'a variation of another' in text
   assert len(page.all('.p2-set-of-faces')) == 2  # the first ones are still there

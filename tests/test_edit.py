@@ -342,6 +342,9 @@ def test_what_was_edited_is_edited_again_from_its_source(
   damaged = {**found, 'edit': {**found['edit'], 'strength': 'much'}}
   with pytest.raises(UserError, match='damaged'):
     recorded.redraw(pipeline, damaged, photograph)
+  small = records.packed_mask(np.zeros((4, 4), np.uint8), 'region')
+  with pytest.raises(UserError, match='damaged.*region'):
+    recorded.redraw(pipeline, {**found, 'edit': {**found['edit'], **small}}, photograph)
 
 
 def region_file(folder):

@@ -218,6 +218,7 @@ def test_masks_of_any_size_and_kind_fit(pipeline, tmp_path):
     ({'eta': 2.0}, 'eta'),
     ({'guidance': {'face': 2}}, 'face'),
     ({'guidance_interval': (9, 2), 'attributes': 'Smiling'}, 'interval'),
+    ({'guidance_interval': (0, 10**10), 'attributes': 'Smiling'}, 'interval'),
     ({'attributes': 'Smilng'}, 'Smiling'),
     ({'attributes': np.zeros((3, 3)), 'num_images': 2}, 'attributes has 3 rows'),
     ({'mask': np.zeros((3, 16, 16), int), 'attributes': np.zeros((2, 3))}, 'rows'),

@@ -124,7 +124,6 @@ def test_another_model_does_not_draw_it(faces):
   [
     (lambda r: r['request'].update(steps='many'), 'damaged'),
     (lambda r: r['request'].pop('seed'), 'damaged'),
-    (lambda r: r['request'].update(attributes={'Smiling': 'yes'}), 'damaged'),
     (lambda r: r['request'].update(attributes={'Horns': 1}), 'Horns'),
     (lambda r: r['request'].update(mask_png='AAAA'), 'mask in the record is damaged'),
     (lambda r: r['request'].update(mask_sha256='0'), 'not the one'),
@@ -169,7 +168,7 @@ def test_it_goes_into_a_buffer_as_into_a_file(faces):
 def test_verify_tells_the_same_from_the_changed(pipeline, faces, tmp_path):
   path = tmp_path / 'face.png'
   faces[1].save(path)
-  good, text = redrawing.verify(path, lambda: pipeline)
+  good, text = redrawing.verify(path, lambda _: pipeline)
   assert good and 'bit for bit' in text and 'Wearing_Hat' in text and 'with a mask' in text
   good, text = redrawing.verify(path)
   assert good and 'again' not in text
@@ -180,7 +179,7 @@ def test_verify_tells_the_same_from_the_changed(pipeline, faces, tmp_path):
     pixels = np.array(image)
   pixels[0, 0] ^= 1
   Image.fromarray(pixels).save(path, pnginfo=info)
-  good, text = redrawing.verify(path, lambda: pipeline)
+  good, text = redrawing.verify(path, lambda _: pipeline)
   assert not good and 'NOT those' in text and 'at most 1 of 255' in text
 
   faces[1].save(tmp_path / 'face.jpg', quality=80)
@@ -197,7 +196,7 @@ def test_a_false_record_is_found_out(pipeline, faces, tmp_path):
   path = edited(tmp_path / 'face.png', lambda r: r['request'].update(seed=4), tmp_path)
   good, text = redrawing.verify(path)
   assert good  # the pixels are those that were drawn ...
-  good, text = redrawing.verify(path, lambda: pipeline)
+  good, text = redrawing.verify(path, lambda _: pipeline)
   assert not good and 'it differs' in text  # ... but not from this seed
 
 
@@ -209,7 +208,7 @@ def test_a_variation_is_drawn_again_too(pipeline, faces, tmp_path):
   )[0]
   for i, face in enumerate((first, again)):
     face.save(tmp_path / f'{i}.png')
-    good, found = redrawing.verify(tmp_path / f'{i}.png', lambda: pipeline)
+    good, found = redrawing.verify(tmp_path / f'{i}.png', lambda _: pipeline)
     assert good, found
     assert 'a variation of another' in found
   assert [noise[:2] for noise in again.record['request']['variation']['of']] == [[3, 8], [3, 1]]
@@ -230,3 +229,46 @@ def test_a_record_that_says_nothing_of_a_mask_is_damaged():
   with pytest.raises(UserError, match='mask in the record is damaged'):
     records.mask_of({})
   assert records.mask_of({'mask_sha256': None, 'mask_png': None}) is None
+
+
+@pytest.mark.parametrize('batch_size', [1, 2])
+def test_a_batch_whose_other_image_had_the_condition(pipeline, batch_size, tmp_path):
+  attributes = np.array([[1, 0, -1], [0, 0, 0]], np.int8)
+  bare = pipeline(attributes, None, 2, **{**OPTIONS, 'batch_size': batch_size})[1]
+  assert bare.record['drawn']['conditions'] == ['attributes']
+  assert bare.record['request']['attributes'] == {}
+  np.testing.assert_array_equal(np.asarray(redrawing.redraw(pipeline, bare.record)), bare)
+
+
+DAMAGES = {
+  'a list for attributes': lambda r: r['request'].update(attributes=['Smiling']),
+  'a word for a value': lambda r: r['request'].update(attributes={'Smiling': 'yes'}),
+  'an infinite seed': lambda r: r['request'].update(seed=float('inf')),
+  'infinite steps': lambda r: r['request'].update(steps=float('inf')),
+  'an infinite row': lambda r: r['drawn'].update(row=float('inf')),
+  'an image beyond all': lambda r: r['request'].update(image=10**30),
+  'an interval of nothing': lambda r: r['request'].update(guidance_interval=[9, 3]),
+}
+
+
+@pytest.mark.parametrize('damage', DAMAGES.values(), ids=DAMAGES)
+def test_damaged_records_are_told(pipeline, faces, tmp_path, damage):
+  faces[0].save(tmp_path / 'face.png')
+  path = edited(tmp_path / 'face.png', damage, tmp_path)
+  with pytest.raises(UserError, match='damaged|guidance_interval'):
+    redrawing.verify(path, lambda _: pipeline)
+
+
+def test_it_is_drawn_again_in_its_own_dtype(pipeline, faces, tmp_path):
+  asked = []
+  faces[0].save(tmp_path / 'face.png')
+  other = edited(tmp_path / 'face.png', lambda r: r['drawn'].update(dtype='bfloat16'), tmp_path)
+  for path in (tmp_path / 'face.png', other):
+    redrawing.verify(path, lambda dtype: asked.append(dtype) or pipeline)
+  assert asked == ['float32', 'bfloat16']
+
+
+def test_files_that_decoders_choke_on(tmp_path):
+  (tmp_path / 'face.dds').write_bytes(b'DDS ' + bytes(range(200)))
+  with pytest.raises(UserError, match='no image that can be read'):
+    records.read(tmp_path / 'face.dds')

@@ -147,6 +147,7 @@ def test_list_says_what_the_model_does_not_take(tmp_path):
   [
     ({'attributes': 'Smilling'}, 'Did you mean Smiling'),
     ({'num_images': 0}, 'num_images'),
+    ({'num_images': -1}, 'num_images'),
     ({'steps': 21}, '1 to 20'),
     ({'sampler': 'euler'}, 'euler'),
     ({'mask': 'missing.png'}, 'missing.png'),

@@ -159,6 +159,8 @@ def test_a_model_without_masks_gives_no_masks(dataset, tmp_path):
     ({'settings': {'split': 'holidays'}}, 'holidays'),
     ({'settings': {'min_adherence': -1}}, '--min_adherence'),
     ({'settings': {'sampler': 'magic'}}, 'magic'),
+    ({'settings': {'seed': -1}}, '--seed'),
+    ({'max_draws': float('nan')}, '--max_draws'),
     ({'out': 'gs://bucket/new'}, 'on this machine'),
   ],
 )
@@ -167,7 +169,46 @@ def test_bad_input(pipeline, dataset, tmp_path, changes, message):
   arguments = {'out': tmp_path / 'new', 'num': 3, **changes}
   with pytest.raises(UserError, match=message):
     synthesize(pipeline, dataset, settings=settings, **arguments)
-  assert not (tmp_path / 'new').exists()
+  assert not [*tmp_path.iterdir()]
+
+
+def test_a_place_that_cannot_be_written(pipeline, dataset, tmp_path):
+  (tmp_path / 'file').write_text('mine')
+  with pytest.raises(UserError, match='cannot be made'):
+    synthesize(pipeline, dataset, tmp_path / 'file' / 'new', 3, SETTINGS)
+  assert (tmp_path / 'file').read_text() == 'mine'
+
+
+def test_a_folder_that_appears_meanwhile_costs_nothing(pipeline, dataset, tmp_path, monkeypatch):
+  out, finish = tmp_path / 'new', synthesis._Workspace.finish
+
+  def late(work, *given):
+    out.mkdir()
+    (out / 'mine').write_text('mine')
+    finish(work, *given)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(synthesis._Workspace, 'finish', late)
+    with pytest.raises(UserError, match='exists'):
+      synthesize(pipeline, dataset, out, 4, SETTINGS)
+  assert [path.name for path in out.iterdir()] == ['mine']
+  out.rename(tmp_path / 'other')
+  with monkeypatch.context() as patch:  # nothing is left to draw
+    patch.setattr(synthesis, '_draw_batch', None)
+    synthesize(pipeline, dataset, out, 4, SETTINGS)
+  assert len([*(out / 'images').iterdir()]) == 4
+  names = {'images', 'masks', 'attributes.csv', 'schema.json', 'synthesis.json'}
+  assert {path.name for path in out.iterdir()} == names
+
+
+def test_fewer_than_were_kept_leave_the_rest_out_of_what_is_noted(pipeline, dataset, tmp_path):
+  fixed = {'settings': {}}
+  with synthesis._Workspace(tmp_path / 'new', fixed) as work:
+    work.add(4, [{'name': f'{i:06d}'} for i in range(4)])
+    work._forget(work.kept[3:])
+  with synthesis._Workspace(tmp_path / 'new', fixed) as work:
+    assert work.drawn == 4
+    assert [row['name'] for row in work.kept] == ['000000', '000001', '000002']
 
 
 def test_one_process_at_a_time(pipeline, dataset, tmp_path):
@@ -191,3 +232,22 @@ def test_the_usage_log_is_only_added_to(tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(UserError, match='--usage_log'):
     usage.UsageLog(tmp_path / 'file' / 'log.jsonl')
+  with pytest.raises(UserError, match='--usage_log'):
+    usage.UsageLog('~nobody-of-this-name/log.jsonl')
+  with pytest.raises(UserError, match='No space left'):
+    usage.UsageLog('/dev/full').add('drawn')
+
+
+def test_where_the_usage_log_is(tmp_path, monkeypatch):
+  monkeypatch.setenv('XDG_STATE_HOME', str(tmp_path))
+  assert usage.open_log(None).path == tmp_path / 'p2ldm' / 'usage.jsonl'
+  assert usage.open_log('').path is None
+  monkeypatch.delenv('XDG_STATE_HOME')
+
+  def homeless():
+    raise RuntimeError('Could not determine home directory.')
+
+  monkeypatch.setattr(usage.pathlib.Path, 'home', homeless)
+  assert usage.open_log('').path is None
+  with pytest.raises(UserError, match='--usage_log'):
+    usage.open_log(None)

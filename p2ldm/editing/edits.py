@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageFilter
 
+from p2ldm.conditions import read_interval
 from p2ldm.data.labels import UNSPECIFIED
 from p2ldm.diffusion import guidance as cfg
 from p2ldm.diffusion import inversion, samplers
@@ -65,8 +66,10 @@ class Settings:
   paste: bool = True
   feather: int = 2
 
-  def check(self):
-    """Raises `UserError` for what no model can do."""
+  def check(self, num_timesteps: int | None = None):
+    """Raises `UserError` for what no model can do, or with T given, one of so many timesteps."""
+    if num_timesteps is not None:
+      read_interval(self.guidance_interval, num_timesteps)
     for name, value in (('strength', self.strength), ('fresh_noise', self.fresh_noise)):
       if not 0 <= value <= 1:
         raise UserError(f'{name} must be from 0 to 1, not {value:g}.')
@@ -148,7 +151,7 @@ def edit_latents(
   progress: bool = False,
 ) -> np.ndarray:
   """As `edit`, from whitened latents (1 or N, h, w, C) of the sources to those of the edits (N, h, w, C)."""
-  settings.check()
+  settings.check(pipeline.schedule.num_timesteps)
   timesteps = timesteps_of(pipeline, settings)
   source = Conditions(*pipeline.read_conditions(*source, num_images=len(latents)))
   target = Conditions(*pipeline.read_conditions(*target, num_images=len(target.mask)))

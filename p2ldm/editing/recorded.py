@@ -119,25 +119,22 @@ def redraw(pipeline: Pipeline, record: Mapping, path) -> Image.Image:
   redrawing.check_model(pipeline, record)
   whole = image_files.read_image(path)
   try:
-    found, request, drawn = record['edit'], record['request'], record['drawn']
+    found, request = record['edit'], record['request']
     if records.pixels_sha256(whole) != found['source']['pixels_sha256']:
       raise UserError(
         f'--source={path} is not the image that was edited: the pixels of that have the SHA-256 '
         f'{found["source"]["pixels_sha256"]}. Give the file that was edited, not a smaller or re-encoded one.'
       )
-    size, row, image = int(drawn['batch_size']), int(drawn['row']), int(request['image'])
-    devices = int(drawn['devices'])
-    if not (0 <= row < size <= 4096 and 0 < devices <= size and size % devices == 0):
-      raise ValueError(f'row {row} of {size} on {devices} devices')
-    size //= devices
-    row %= size
+    size, row, image = redrawing.place_of(record)
     source, target = (
       Conditions(*pipeline.read_conditions(dict(given['attributes']), records.mask_of(given), rows))
       for given, rows in ((found, 1), (request, size))
     )
     region = records.mask_of(found, 'region') > 127
+    if region.shape != source.mask.shape[1:]:
+      raise ValueError(f'a region of {region.shape}')
     settings = _settings_of(request, found)
-  except (KeyError, TypeError, ValueError, AttributeError) as error:
+  except redrawing.DAMAGED as error:
     if isinstance(error, UserError):
       raise
     raise UserError(f'The record is damaged: {error!r}.') from error

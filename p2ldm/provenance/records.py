@@ -176,7 +176,7 @@ def read(path, name: str = '') -> dict | None:
       packet = image.info.get('xmp') or texts.get(_XMP_KEY)
   except FileNotFoundError as error:
     raise UserError(f'There is no file {name}.') from error
-  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+  except Exception as error:  # Pillow's decoders raise many types on broken files
     raise UserError(f'{name} is no image that can be read: {error}.') from error
   text = texts.get(_KEY)
   if text is None and packet:
@@ -194,6 +194,9 @@ def read(path, name: str = '') -> dict | None:
       raise TypeError('a key is of another kind')
     if not isinstance(found.get('edit', {}), Mapping):
       raise TypeError('"edit" is of another kind')
+    given = found['request'].get('attributes') or {}
+    if not isinstance(given, Mapping) or not all(value in (-1, 0, 1) for value in given.values()):
+      raise TypeError('"attributes" are not -1, 0 or 1')
   except (ValueError, KeyError, TypeError, RecursionError) as error:
     raise UserError(f'The record in {name} is damaged: {error!r}.') from error
   return found

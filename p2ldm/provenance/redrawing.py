@@ -11,6 +11,9 @@ from p2ldm.data.labels import UNSPECIFIED
 from p2ldm.errors import UserError
 from p2ldm.provenance.records import mask_of, of_photograph, pixels_sha256, read
 
+# What reading a damaged record raises.
+DAMAGED = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
+
 
 def check_model(pipeline, record: Mapping):
   """Raises `UserError` unless this model, and it alone, drew the image of a record."""
@@ -49,10 +52,7 @@ def request_of(pipeline, record: Mapping) -> dict:
   mask = mask_of(record['request'])
   try:
     request = record['request']
-    interval, variation = request['guidance_interval'], request.get('variation')
-    if interval is not None:
-      low, high = map(int, interval)
-      interval = (low, high)
+    variation = request.get('variation')
     return {
       'attributes': {name: int(value) for name, value in request['attributes'].items()},
       'mask': mask,
@@ -61,13 +61,38 @@ def request_of(pipeline, record: Mapping) -> dict:
       'steps': int(request['steps']),
       'eta': float(request['eta']),
       'guidance': dict(request['guidance']),
-      'guidance_interval': interval,
+      'guidance_interval': conditions.read_interval(
+        request['guidance_interval'], pipeline.schedule.num_timesteps
+      ),
       'variation': variation and conditions.read_variation(variation),
     }
   except UserError:
     raise
-  except (KeyError, TypeError, ValueError, AttributeError) as error:
+  except DAMAGED as error:
     raise UserError(f'The record is damaged: {error!r}.') from error
+
+
+def place_of(record: Mapping) -> tuple[int, int, int]:
+  """Where an image was in its batch: (images of one device's part, row among them, number of the image).
+
+  Raises:
+    KeyError, TypeError, ValueError, OverflowError: the record is damaged.
+  """
+  drawn = record['drawn']
+  size, row, image = int(drawn['batch_size']), int(drawn['row']), int(record['request']['image'])
+  devices = int(drawn['devices'])
+  if not (0 <= row < size <= 4096 and 0 < devices <= size and size % devices == 0):
+    raise ValueError(f'row {row} of {size} on {devices} devices')
+  if not row <= image < 2**31:
+    raise ValueError(f'image {image} in row {row}')
+  size //= devices  # each had a program for its own part
+  return size, row % size, image
+
+
+def dtype_of(record: Mapping) -> str:
+  """The dtype that an image was computed in, as of `Pipeline`."""
+  dtype = record['drawn'].get('dtype')
+  return dtype if dtype in ('float32', 'bfloat16') else 'auto'
 
 
 def redraw(pipeline, record: Mapping) -> Image.Image:
@@ -81,27 +106,24 @@ def redraw(pipeline, record: Mapping) -> Image.Image:
     UserError: the model has other weights, the record asks for what it cannot draw, or is that of an edit
       (`recorded.redraw`).
   """
-  options, drawn = request_of(pipeline, record), record['drawn']
+  options = request_of(pipeline, record)
   given = (options.pop('attributes'), options.pop('mask'))
   try:
-    size, row, image = int(drawn['batch_size']), int(drawn['row']), int(record['request']['image'])
-    devices = int(drawn['devices'])
-    if not (0 <= row < size <= 4096 and 0 < devices <= size and size % devices == 0):
-      raise ValueError(f'row {row} of {size} on {devices} devices')
-    size //= devices  # each had a program for its own part
-    row %= size
-    attributes, masks = pipeline.read_conditions(*given, size)
-    attributes, masks = attributes.copy(), masks.copy()
-    other = (row + 1) % size  # another image of the batch may have had what this one had not
-    for name, array, some in (('attributes', attributes, 1), ('mask', masks, 0)):
-      if name in drawn['conditions'] and not _specified(name, array):
-        array[other] = some
-  except (KeyError, TypeError, ValueError, AttributeError) as error:
+    size, row, image = place_of(record)
+    had = {name for name in ('attributes', 'mask') if name in record['drawn']['conditions']}
+  except DAMAGED as error:
     raise UserError(f'The record is damaged: {error!r}.') from error
+  # Another image had what this one had not: it decides which branches are evaluated.
+  found = dict(zip(('attributes', 'mask'), pipeline.read_conditions(*given, 1), strict=True))
+  missing = [name for name in had if not _specified(name, found[name])]
+  count = size if size > 1 or not missing else 2
+  rows = {name: np.repeat(array, count, axis=0) for name, array in found.items()}
+  for name in missing:
+    rows[name][(row + 1) % count] = {'attributes': 1, 'mask': 0}[name]
   faces = pipeline(
-    attributes,
-    masks,
-    size,
+    rows['attributes'],
+    rows['mask'],
+    count,
     first_image=image - row,
     batch_size=size,
     **options,
@@ -116,7 +138,7 @@ def verify(
 
   Args:
     path: of the file.
-    load_pipeline: () -> the `Pipeline` to draw it again with; None leaves that out.
+    load_pipeline: (dtype) -> the `Pipeline` to draw it again with; None leaves that out.
     draw_again: (pipeline, record) -> image; None takes `redraw`.
 
   Raises:
@@ -139,19 +161,20 @@ def verify(
   )
   if load_pipeline is None:
     return untouched, ' '.join(found)
-  again = np.asarray((draw_again or redraw)(load_pipeline(), record))
+  pipeline = load_pipeline(dtype_of(record))
+  again = np.asarray((draw_again or redraw)(pipeline, record))
   same = again.shape == pixels.shape and bool((again == pixels).all())
   if same:
     found.append('Drawn again from its record, it is the same, bit for bit.')
   elif again.shape != pixels.shape:
     found.append(f'Drawn again, it has another size: {again.shape[1]} x {again.shape[0]}.')
   else:
-    difference = np.abs(again.astype(np.int16) - pixels)
+    difference, drawn = np.abs(again.astype(np.int16) - pixels), record['drawn']
     found.append(
       f'Drawn again from its record, it differs by at most {difference.max()} of 255, by '
-      f'{difference.mean():.3g} in the mean. It was drawn on {record["drawn"].get("backend")} with jax '
-      f'{record["drawn"].get("jax")}; this is {jax.default_backend()} with {jax.__version__}: another '
-      'machine or version may round otherwise.'
+      f'{difference.mean():.3g} in the mean. It was drawn in {drawn.get("dtype")} on {drawn.get("backend")} '
+      f'with jax {drawn.get("jax")}; this is {pipeline.dtype} on {jax.default_backend()} with '
+      f'{jax.__version__}: another machine or version may round otherwise.'
     )
   return untouched and same, ' '.join(found)
 
