@@ -32,7 +32,7 @@ def tiny(config: ConfigDict) -> None:
 
 
 def packaged(config: ConfigDict) -> None:
-  """A small model to come with the package: the embedded faces at 64 px, an hour or two on two CPU cores."""
+  """A small model to come with the package: the embedded faces at 64 px, an hour or two of two CPU cores."""
   tiny(config)
   config.data.update({'dir': 'data/embedded_64_12k', 'embedded_faces': 12_000})
   # Edits keep no more of a face than the autoencoder does.
@@ -41,7 +41,7 @@ def packaged(config: ConfigDict) -> None:
   config.diffusion.training.update({'num_steps': 8_000})
   config.probe.every = 0  # its parser and classifier are a run of their own, evaluators.py:packaged
   config.evaluators.parser.training.update({'num_steps': 2_000})
-  config.evaluators.classifier.training.update({'num_steps': 1_600})
+  config.evaluators.classifier.training.update({'num_steps': 2_400})
   for training in (config.autoencoder.training, config.diffusion.training):
     training.update(
       {
