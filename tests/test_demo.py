@@ -434,6 +434,15 @@ def test_the_parser_sees_the_middle_square_of_a_photograph(client):
   assert not mask[:, :7].any()
 
 
+def test_a_photograph_whose_exif_cannot_be_read_is_taken_as_it_is(client):
+  drawer = Studio(client.drawer.pipeline, Limits(), usage.UsageLog(None), FakeParser())
+  photo = np.zeros((16, 16, 3), np.uint8)
+  photo[:8, :, 0] = 255
+  for exif in (b'Exif\0\0garbage-garbage', b'Exif\0\0II*\0'):
+    mask = drawer.mask_of_photo(url(photo, exif=exif))
+    np.testing.assert_array_equal(mask, photo[..., 0] > 0)
+
+
 def test_a_request_is_read_as_it_was_meant(client):
   pipeline = client.drawer.pipeline
   request = asked.read_request(pipeline, Limits(), None, None, 7.0, 20, 1, 0.5, 8)

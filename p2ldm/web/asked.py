@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from p2ldm import conditions
+from p2ldm.data import image_files
 from p2ldm.data.labels import UNSPECIFIED
 from p2ldm.errors import UserError
 
@@ -117,7 +118,7 @@ def read_photo(url, size: int, limits: Limits) -> np.ndarray:
   Raises:
     UserError: it is no picture, or it is too large.
   """
-  image = ImageOps.exif_transpose(open_picture(url, 'The photograph', limits)).convert('RGB')
+  image = image_files.upright(open_picture(url, 'The photograph', limits)).convert('RGB')
   return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
 
 
