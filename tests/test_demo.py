@@ -3,16 +3,19 @@
 import base64
 import concurrent.futures
 import configparser
+import dataclasses
 import io
 import itertools
 import json
 import pathlib
+import shutil
 import socket
 import sys
 import types
 
 import numpy as np
 import pytest
+import tiny_evaluation
 import tiny_model
 from PIL import Image
 
@@ -25,7 +28,7 @@ import p2ldm
 from p2ldm import demo
 from p2ldm.data.labels import CELEBAMASK_HQ
 from p2ldm.errors import UserError
-from p2ldm.interop import model_card
+from p2ldm.interop import evaluator_directory, model_card
 from p2ldm.provenance import records, redrawing, usage
 from p2ldm.web import asked, page, studio
 from p2ldm.web.asked import Limits
@@ -441,6 +444,22 @@ def test_a_photograph_whose_exif_cannot_be_read_is_taken_as_it_is(client):
   for exif in (b'Exif\0\0garbage-garbage', b'Exif\0\0II*\0'):
     mask = drawer.mask_of_photo(url(photo, exif=exif))
     np.testing.assert_array_equal(mask, photo[..., 0] > 0)
+
+
+@pytest.mark.parametrize('other', ['classes', 'size', 'none'])
+def test_the_parser_of_a_run_is_taken_if_it_fits_the_model(client, tmp_path, other):
+  schema = tiny_model.SCHEMA
+  if other == 'classes':
+    schema = dataclasses.replace(schema, classes=('background', 'skin', 'hat'))
+  size = 32 if other == 'size' else 16
+  parts = tiny_evaluation.evaluator_parts('parser', schema=schema, image_size=size)
+  shutil.copytree(client.folder / 'tiny' / 'model', tmp_path / 'model')
+  evaluator_directory.save(tmp_path / 'parser' / 'model', parts)
+  _, drawer = demo.load(tmp_path, usage.UsageLog(None))
+  assert (drawer.parser is not None) == (other == 'none')
+  if other != 'none':  # one that was asked for is to fit
+    with pytest.raises(UserError, match='The parser'):
+      demo.load(tmp_path, usage.UsageLog(None), parser=str(tmp_path))
 
 
 def test_a_request_is_read_as_it_was_meant(client):

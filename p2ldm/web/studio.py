@@ -42,8 +42,7 @@ class Studio:
       UserError: the parser gives other classes than the model takes, or other sizes.
     """
     if parser is not None:
-      parser.check_schema(pipeline.schema, 'the model')
-      parser.check_image_size(pipeline.image_size, 'the images of the model')
+      check_parser(parser, pipeline)
     self.pipeline, self.parser, self.limits, self.signer = pipeline, parser, limits, signer
     self._log = log
     self._lock = threading.Lock()  # a visitor who leaves does not stop what goes on
@@ -148,6 +147,12 @@ class Studio:
       raise UserError(
         f'The usage log of this page cannot be written ({error.strerror}), and without it nothing is drawn.'
       ) from error
+
+
+def check_parser(parser, pipeline):
+  """Raises `UserError` if the parser gives other classes than the model takes, or other sizes."""
+  parser.check_schema(pipeline.schema, 'the model')
+  parser.check_image_size(pipeline.image_size, 'the images of the model')
 
 
 def png_url(image: records.GeneratedImage, signer: manifests.Signer | None = None) -> str:
