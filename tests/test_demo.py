@@ -129,6 +129,67 @@ def test_a_variation_keeps_to_the_limits_too(client, drawn):
     drawer.vary(faces_of(drawn)[0]['url'], 1)
 
 
+def forged(drawn, **request) -> str:
+  """A face whose record asks for something else."""
+  face = Image.open(io.BytesIO(base64.b64decode(faces_of(drawn)[0]['url'].partition(',')[2])))
+  record = json.loads(face.text['p2ldm'])
+  record['request'].update(request)
+  return url(face, pnginfo=records.png_text(record))
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'sampler': 'x' * 5_000_000}, "sampler: one of ddpm, ddim, dpmpp_2m, not 'xxx"),
+    ({'guidance': {'attributes': 1e6, 'mask': 1}}, 'attributes guidance: a number from 0 to 20'),
+    ({'guidance': {'attributes': 1, 'mask': -50}}, 'mask guidance: a number from 0 to 20'),
+    ({'guidance': {'attributes': 1, 'mask': 1, 'x': 1}}, 'guidance: of attributes and mask'),
+    ({'guidance': {}}, 'guidance: of attributes and mask'),
+    ({'eta': 1.5}, 'eta of ddim: a number from 0 to 1, not 1.5'),
+    ({'eta': float('nan')}, 'eta of ddim: a number from 0 to 1, not nan'),
+    ({'eta': 10**400}, 'damaged'),
+    ({'eta': 0.5, 'sampler': 'ddpm'}, 'eta of ddpm: a number from 0 to 0, not 0.5'),
+    ({'guidance_interval': [3, 917]}, 'guidance interval: two timesteps from 0 to 19'),
+    ({'guidance_interval': [5, 4]}, 'the lower first'),
+    ({'guidance_interval': [-1, 4]}, 'the lower first'),
+    ({'guidance_interval': [0, float('inf')]}, 'damaged'),
+    ({'steps': 21}, 'steps: a whole number from 1 to 20, not 21'),
+    ({'attributes': {'x' * 10**6: 1}}, 'Unknown attribute'),
+    ({'attributes': {'Smiling': 2}}, 'a whole number from -1 to 1, not 2'),
+    (records.packed_mask(np.zeros((17, 17), np.uint8)), '17 x 17 pixels, and those of this model 16 x 16'),
+    ({'mask_sha256': 'x', 'mask_png': 'AAAA'}, 'damaged'),
+    ({'variation': {'of': [[1, 2, 1e300]], 'strength': 0.3}}, 'weights of images run from 0 to 1'),
+    ({'variation': {}}, 'damaged'),
+  ],
+)  # fmt: skip
+def test_a_forged_record_is_refused_and_not_noted(client, drawn, monkeypatch, changes, message):
+  noted = (client.folder / 'usage.jsonl').read_bytes()
+  monkeypatch.setattr(client.drawer, 'pipeline', Undrawn(client.drawer.pipeline))
+  with pytest.raises(UserError, match=message) as error:
+    list(client.drawer.vary(forged(drawn, **changes), 1))
+  assert len(str(error.value)) < 300
+  assert (client.folder / 'usage.jsonl').read_bytes() == noted
+
+
+def test_what_a_record_may_ask_for_is_drawn(client, drawn):
+  asked_for = {'eta': 0.5, 'guidance_interval': [3, 17], 'guidance': {'attributes': 20, 'mask': 0}}
+  *_, last = client.drawer.vary(forged(drawn, **asked_for), 1)
+  drawn_for = last['faces'][0].record['request']
+  assert {key: drawn_for[key] for key in asked_for} == asked_for
+
+
+def test_of_many_programs_those_are_kept_that_were_used_last():
+  pipeline = p2ldm.Pipeline(tiny_model.make_parts())
+  first = pipeline.program(('0',), TOLD, 1)
+  second = pipeline.program(('1',), TOLD, 1)
+  for i in range(2, 17):
+    assert pipeline.program(('0',), TOLD, 1) is first
+    pipeline.program((str(i),), TOLD, 1)
+  assert len(pipeline._compiled) == 16
+  assert pipeline.program(('0',), TOLD, 1) is first
+  assert pipeline.program(('1',), TOLD, 1) is not second
+
+
 def bad_numbers(low, high):
   return [
     None, 'seven', True, {}, low - 1, high + 1, low + 0.5, -(10**30), [low],
@@ -334,6 +395,19 @@ def test_a_full_queue_refuses_and_recovers(client, monkeypatch):
   assert 'queue' in refused[0].text.lower()
   for session in taken:
     assert client.messages(session)[-1]['success']
+
+
+class Undrawn:
+  """A pipeline that is not to draw."""
+
+  def __init__(self, pipeline):
+    self._pipeline = pipeline
+
+  def __getattr__(self, name):
+    return getattr(self._pipeline, name)
+
+  def __call__(self, *arguments, **options):
+    raise AssertionError('This was to be refused.')
 
 
 class Waiting:

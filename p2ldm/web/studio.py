@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
-from p2ldm import conditions
 from p2ldm.data.labels import UNSPECIFIED
 from p2ldm.errors import UserError
-from p2ldm.provenance import manifests, records, redrawing
+from p2ldm.provenance import manifests, records
 from p2ldm.provenance.usage import UsageLog
 from p2ldm.web import asked
 from p2ldm.web.asked import Limits
@@ -75,13 +74,8 @@ class Studio:
     record = records.read(io.BytesIO(data), 'The picture')
     if record is None:
       raise UserError('The picture carries no record of how it was drawn, so it cannot be varied.')
-    request = redrawing.request_of(self.pipeline, record)
-    asked.check_steps(self.pipeline, self.limits, request['steps'])
-    varied = {**request, 'image': record['request'].get('image')}
-    request['variation'] = conditions.read_variation(conditions.vary(varied, VARIATION))
-    request['num_images'] = asked.check_images(self.limits, num_images)
-    request['seed'] = secrets.randbelow(10**6)
-    self.pipeline.read_conditions(request['attributes'], request['mask'], 1)
+    seed = secrets.randbelow(10**6)
+    request = asked.read_record(self.pipeline, self.limits, record, VARIATION, seed, num_images)
     return self._draw('vary', request)
 
   def mask_of_photo(self, url) -> np.ndarray:
