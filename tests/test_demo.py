@@ -11,6 +11,8 @@ import pathlib
 import shutil
 import socket
 import sys
+import threading
+import time
 import types
 
 import numpy as np
@@ -397,6 +399,47 @@ def test_a_full_queue_refuses_and_recovers(client, monkeypatch):
     assert client.messages(session)[-1]['success']
 
 
+def test_a_studio_has_no_more_threads_than_may_wait(client, monkeypatch):
+  gate = concurrent.futures.Future()
+  pipeline = Waiting(client.drawer.pipeline, gate)
+  drawer = Studio(pipeline, Limits(queue=2), usage.UsageLog(None))
+  running, left, waiting = requests = [drawer.draw(*GOOD) for _ in range(3)]
+  assert [next(request) for request in requests] == [{'state': 'starting'}] * 3
+  with pytest.raises(UserError, match='Too many requests wait here'):
+    next(drawer.draw(*GOOD))
+  left.close()
+  deadline = time.monotonic() + 30
+  while True:  # its place is free soon, though the first is still drawn
+    try:
+      last = drawer.draw(*GOOD)
+      next(last)
+      break
+    except UserError:
+      assert time.monotonic() < deadline
+      time.sleep(0.05)
+  gate.set_result(None)
+  assert all([*request][-1]['state'] == 'done' for request in (running, waiting, last))
+  assert pipeline.calls == 3
+
+
+def test_what_was_cancelled_is_not_drawn(tmp_path, monkeypatch):
+  with tiny_page.served(tmp_path, max_queue=2) as client:
+    gate = concurrent.futures.Future()
+    pipeline = Waiting(client.drawer.pipeline, gate)
+    monkeypatch.setattr(client.drawer, 'pipeline', pipeline)
+    for _ in range(6):
+      response, session = client.join('draw', list(GOOD))
+      assert response.status_code == 200
+      client.messages(session, until='process_generating')
+      left = {'fn_index': client.events['draw'], 'event_id': response.json()['event_id']}
+      client.request('POST', '/gradio_api/cancel', json={'session_hash': session, **left})
+    drawing = [thread for thread in threading.enumerate() if thread.name == 'drawing']
+    gate.set_result(None)
+    assert len(drawing) <= 3
+    assert len(faces_of(client.ask('draw', list(GOOD)))) == 2
+    assert pipeline.calls == 2  # the first, which was under way, and the last
+
+
 class Undrawn:
   """A pipeline that is not to draw."""
 
@@ -414,12 +457,13 @@ class Waiting:
   """A pipeline that draws when it is let."""
 
   def __init__(self, pipeline, gate):
-    self._pipeline, self._gate = pipeline, gate
+    self._pipeline, self._gate, self.calls = pipeline, gate, 0
 
   def __getattr__(self, name):
     return getattr(self._pipeline, name)
 
   def __call__(self, *arguments, **options):
+    self.calls += 1
     self._gate.result(60)
     return self._pipeline(*arguments, **options)
 

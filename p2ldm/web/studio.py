@@ -1,6 +1,7 @@
 """Draws what the page asks for: one request at a time, telling how far it is; no Gradio here."""
 
 import base64
+import contextlib
 import io
 import itertools
 import queue
@@ -22,6 +23,7 @@ VARIATION = 0.3  # how far a variation is from what it varies, of 1
 _EXAMPLES_SEED = 7
 _BATCH = 8  # faces at a time
 _OFTEN = 0.1  # seconds between two reports
+_STILL = 0.5  # seconds after which the last report is repeated
 
 
 class Studio:
@@ -45,6 +47,7 @@ class Studio:
     self.pipeline, self.parser, self.limits, self.signer = pipeline, parser, limits, signer
     self._log = log
     self._lock = threading.Lock()  # a visitor who leaves does not stop what goes on
+    self._pending = threading.BoundedSemaphore(limits.queue + 1)  # one is drawn, the others wait
 
   def draw(self, *values) -> Iterator[dict]:
     """Draws what was asked for.
@@ -53,7 +56,7 @@ class Studio:
       *values: as of `asked.read_request`.
 
     Yields:
-      {'state': 'starting'}; then, about ten times a second, {'state': 'drawing', 'done', 'total'} in steps;
+      {'state': 'starting'}; then, up to ten times a second, {'state': 'drawing', 'done', 'total'} in steps;
       and at last {'state': 'done', 'seconds', 'faces': [`records.GeneratedImage`]}.
 
     Raises:
@@ -91,39 +94,70 @@ class Studio:
       return self.parser.predict(photo[None])[0]
 
   def _draw(self, event: str, request: dict) -> Iterator[dict]:
-    self._note(event, request)
     # As few at a time as are wanted, so that none is drawn in vain.
     options = {**request, 'batch_size': min(request['num_images'], _BATCH)}
     start = time.monotonic()
-    yield {'state': 'starting'}
-    for state, value in self._reported(lambda report: self.pipeline(**options, progress=report)):
-      if state == 'drawing':
+    for state, value in self._reported(
+      lambda: self._note(event, request), lambda report: self.pipeline(**options, progress=report)
+    ):
+      if state == 'starting':
+        yield {'state': state}
+      elif state == 'drawing':
         yield {'state': state, 'done': value[0], 'total': value[1]}
       else:
         yield {'state': state, 'faces': value, 'seconds': time.monotonic() - start}
 
-  def _reported(self, work: Callable) -> Iterator[tuple]:
-    """Runs work(report) in a thread; yields ('drawing', what report was called with), ('done', result)."""
-    told = queue.SimpleQueue()
+  def _reported(self, begin: Callable, work: Callable) -> Iterator[tuple]:
+    """Calls begin(), and runs work(report) in a thread when its turn has come, unless this is closed before.
+
+    Yields:
+      ('starting', None); ('drawing', what report was called with); and at last ('done', result). The first
+      two are repeated while nothing happens: between two of them, this can be closed.
+
+    Raises:
+      UserError: too many wait already.
+    """
+    told, gone = queue.SimpleQueue(), threading.Event()
 
     def run():
       try:
-        with self._lock:
-          told.put(('done', work(lambda *step: told.put(('drawing', step)))))
+        while not self._lock.acquire(timeout=_STILL):
+          if gone.is_set():
+            return
+        try:
+          if not gone.is_set():
+            told.put(('done', work(lambda *step: told.put(('drawing', step)))))
+        finally:
+          self._lock.release()
       except BaseException as error:
         told.put(('failed', error))
+      finally:
+        self._pending.release()
 
-    threading.Thread(target=run, daemon=True).start()
-    while True:
-      state, value = told.get()
-      while state == 'drawing' and not told.empty():
-        state, value = told.get()
-      if state == 'failed':
-        raise value
-      yield state, value
-      if state == 'done':
-        return
-      time.sleep(_OFTEN)
+    if not self._pending.acquire(blocking=False):
+      raise UserError('Too many requests wait here; try again later.')
+    try:
+      begin()
+      threading.Thread(target=run, name='drawing', daemon=True).start()
+    except BaseException:
+      self._pending.release()
+      raise
+    state, value = 'starting', None
+    try:
+      while True:
+        yield state, value
+        if state == 'done':
+          return
+        if state == 'drawing':
+          time.sleep(_OFTEN)
+        with contextlib.suppress(queue.Empty):
+          state, value = told.get(timeout=_STILL)
+        while state == 'drawing' and not told.empty():
+          state, value = told.get()
+        if state == 'failed':
+          raise value
+    finally:
+      gone.set()
 
   def _note(self, event: str, request: Mapping):
     """One line in the usage log: hashes instead of the mask."""
