@@ -3,16 +3,19 @@
 import base64
 import concurrent.futures
 import configparser
+import contextlib
 import dataclasses
 import io
 import itertools
 import json
 import pathlib
+import queue
 import shutil
 import socket
 import sys
 import threading
 import time
+import tracemalloc
 import types
 
 import numpy as np
@@ -367,7 +370,7 @@ def test_the_message_names_the_field(client):
     ('mask_scale', 'x', "mask guidance: a number from 0 to 20 (1 is none), not 'x'"),
     ('attributes', {'Smilling': 1}, 'Did you mean Smiling'),
     ('mask', url(np.full((16, 16), 9, np.uint8)), 'class id 9 at x=0, y=0'),
-    ('mask', url(Image.new('L', (5000, 5000))), 'up to 4096 on a side'),
+    ('mask', url(Image.new('L', (2049, 1))), 'up to 2048 on a side'),
   ):
     assert words in client.ask('draw', changed(**{field: value}))['output']['error']
 
@@ -520,6 +523,43 @@ def test_masks_are_read_for_the_editor(client):
   colors = tiny_model.SCHEMA.colorize(MASK)
   assert base64.b64decode(client.call('read_mask', url(colors)).json()['ids']) == MASK.tobytes()
   assert 'no parser' in client.call('read_photo', url(MASK)).json()['error']
+
+
+def test_few_pictures_are_read_at_a_time(client, monkeypatch):
+  gate, entered, answers = threading.Event(), [], queue.SimpleQueue()
+  read = asked.open_picture
+
+  def slow(*arguments):
+    entered.append(arguments)
+    assert gate.wait(60)
+    return read(*arguments)
+
+  monkeypatch.setattr(asked, 'open_picture', slow)
+  monkeypatch.setattr(client.drawer, 'parser', FakeParser())
+  functions = ['read_mask', 'read_photo'] * 6
+  with concurrent.futures.ThreadPoolExecutor(12) as pool:
+    for function in functions:
+      pool.submit(lambda name=function: answers.put(client.call(name, url(MASK)).json()))
+    try:
+      refused = [answers.get(timeout=30) for _ in range(8)]
+    finally:
+      gate.set()
+  assert all('try again' in answer['error'] for answer in refused)
+  assert len(entered) == 4
+  assert all('ids' in answers.get(timeout=30) for _ in range(4))
+  assert 'ids' in client.call('read_mask', url(MASK)).json()
+
+
+@pytest.mark.parametrize('color', [(0, 0, 0), (1, 2, 3)])
+def test_the_largest_mask_takes_little_memory(color):
+  mask = url(Image.new('RGB', (2048, 2048), color))
+  tracemalloc.start()
+  try:
+    with contextlib.suppress(UserError):
+      asked.read_mask(mask, CELEBAMASK_HQ, 512, Limits())
+    assert tracemalloc.get_traced_memory()[1] < 64 * 2**20
+  finally:
+    tracemalloc.stop()
 
 
 class FakeParser:

@@ -34,6 +34,7 @@ class Limits:
     steps: of the sampler.
     file_bytes: of a picture that is handed in.
     side: pixels of the longer side of such a picture.
+    mask_side: the same of a mask.
     queue: requests that wait at a time; more are refused.
   """
 
@@ -41,6 +42,7 @@ class Limits:
   steps: int = 100
   file_bytes: int = 12 * 2**20
   side: int = 4096
+  mask_side: int = 2048
   queue: int = 32
 
   @property
@@ -133,7 +135,8 @@ def read_mask(url, schema, size: int, limits: Limits) -> np.ndarray:
   """
   if url is None or url == '':
     return np.full((size, size), UNSPECIFIED, np.uint8)
-  return conditions.read_mask(open_picture(url, 'The mask', limits), schema, size)[0]
+  image = open_picture(url, 'The mask', limits, limits.mask_side)
+  return conditions.read_mask(image, schema, size)[0]
 
 
 def read_photo(url, size: int, limits: Limits) -> np.ndarray:
@@ -168,8 +171,19 @@ def read_bytes(url, name: str, limits: Limits) -> bytes:
     raise UserError(f'{name} is not in base64: {error}.') from error
 
 
-def open_picture(url, name: str, limits: Limits) -> Image.Image:
-  """The picture in a data URL, loaded once its size is known to be bearable."""
+def open_picture(url, name: str, limits: Limits, side: int | None = None) -> Image.Image:
+  """The picture in a data URL, loaded once its size is known to be bearable.
+
+  Args:
+    url: of the picture.
+    name: what messages call it.
+    limits: of one request.
+    side: pixels of the longer side, at most; None for those of `limits`.
+
+  Raises:
+    UserError: it is no picture, or it is too large.
+  """
+  side = side or limits.side
   file = io.BytesIO(read_bytes(url, name, limits))
   try:
     with warnings.catch_warnings():
@@ -178,9 +192,9 @@ def open_picture(url, name: str, limits: Limits) -> Image.Image:
   except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
     raise UserError(f'{name} is no picture that can be read. Save it as PNG.') from error
   width, height = image.size
-  if not 0 < max(width, height) <= limits.side or not min(width, height):
+  if not 0 < max(width, height) <= side or not min(width, height):
     raise UserError(
-      f'{name} is {width} x {height} pixels; this page takes up to {limits.side} on a side. Make it smaller.'
+      f'{name} is {width} x {height} pixels; this page takes up to {side} on a side. Make it smaller.'
     )
   try:
     image.load()

@@ -22,7 +22,9 @@ from p2ldm.web.asked import Limits
 VARIATION = 0.3  # how far a variation is from what it varies, of 1
 _EXAMPLES_SEED = 7
 _BATCH = 8  # faces at a time
+_READERS = 4  # pictures that are read at a time
 _OFTEN = 0.1  # seconds between two reports
+_PATIENCE = 10.0  # seconds that a request to draw waits for others whose pictures are read
 _STILL = 0.5  # seconds after which the last report is repeated
 
 
@@ -47,6 +49,7 @@ class Studio:
     self.pipeline, self.parser, self.limits, self.signer = pipeline, parser, limits, signer
     self._log = log
     self._lock = threading.Lock()  # a visitor who leaves does not stop what goes on
+    self._readers = threading.BoundedSemaphore(_READERS)
     self._pending = threading.BoundedSemaphore(limits.queue + 1)  # one is drawn, the others wait
 
   def draw(self, *values) -> Iterator[dict]:
@@ -62,7 +65,8 @@ class Studio:
     Raises:
       UserError: it cannot be drawn; the message says what to change.
     """
-    request = asked.read_request(self.pipeline, self.limits, *values)
+    with self._reader(_PATIENCE):
+      request = asked.read_request(self.pipeline, self.limits, *values)
     return self._draw('draw', request)
 
   def vary(self, url, num_images) -> Iterator[dict]:
@@ -72,26 +76,48 @@ class Studio:
       url: data URL of the picture, as it was drawn.
       num_images: how many.
     """
-    asked.open_picture(url, 'The picture', self.limits)  # of a bearable size
-    data = asked.read_bytes(url, 'The picture', self.limits)
-    record = records.read(io.BytesIO(data), 'The picture')
-    if record is None:
-      raise UserError('The picture carries no record of how it was drawn, so it cannot be varied.')
-    seed = secrets.randbelow(10**6)
-    request = asked.read_record(self.pipeline, self.limits, record, VARIATION, seed, num_images)
+    with self._reader(_PATIENCE):
+      asked.open_picture(url, 'The picture', self.limits)  # of a bearable size
+      data = asked.read_bytes(url, 'The picture', self.limits)
+      record = records.read(io.BytesIO(data), 'The picture')
+      if record is None:
+        raise UserError(
+          'The picture carries no record of how it was drawn, so it cannot be varied.'
+        )
+      seed = secrets.randbelow(10**6)
+      request = asked.read_record(self.pipeline, self.limits, record, VARIATION, seed, num_images)
     return self._draw('vary', request)
+
+  def mask_of_file(self, url) -> np.ndarray:
+    """The mask (S, S) uint8 in a file.
+
+    Raises:
+      UserError: it is no mask of this model, or too many pictures are being read.
+    """
+    with self._reader():
+      return asked.read_mask(url, self.pipeline.schema, self.pipeline.image_size, self.limits)
 
   def mask_of_photo(self, url) -> np.ndarray:
     """The mask (S, S) uint8 that the parser finds in a photograph.
 
     Raises:
-      UserError: it is no picture, or there is no parser.
+      UserError: it is no picture, there is no parser, or too many pictures are being read.
     """
     if self.parser is None:
       raise UserError('There is no parser here that reads masks from photographs.')
-    photo = asked.read_photo(url, self.pipeline.image_size, self.limits)
-    with self._lock:
+    with self._reader():  # and not in the queue: a mask is wanted while others draw, too
+      photo = asked.read_photo(url, self.pipeline.image_size, self.limits)
       return self.parser.predict(photo[None])[0]
+
+  @contextlib.contextmanager
+  def _reader(self, patience: float = 0.0):
+    """Lets few pictures be read at a time, each of which takes memory; waits so many seconds for that."""
+    if not self._readers.acquire(timeout=patience):
+      raise UserError('Too many pictures are being read here at the moment; try again.')
+    try:
+      yield
+    finally:
+      self._readers.release()
 
   def _draw(self, event: str, request: dict) -> Iterator[dict]:
     # As few at a time as are wanted, so that none is drawn in vain.
