@@ -13,7 +13,7 @@ there is no password). Requests are drawn one after the other. What is asked for
 machine, whose place is printed; --usage_log='' leaves that out.
 """
 
-from absl import flags
+from absl import flags, logging
 
 from p2ldm import errors, runtime, storage
 from p2ldm.errors import UserError
@@ -55,13 +55,14 @@ def load(
   Args:
     model: model directory or workdir.
     log: where what is asked for is noted.
-    parser: folder with a parser; None looks where the model has one, '' takes none.
+    parser: folder with a parser; None takes the one that the model has, if it fits, '' none.
     max_images, max_steps: of one request.
     max_queue: requests that may wait.
     signer: signs what is drawn.
 
   Raises:
-    UserError: Gradio is not installed, or the model or the parser cannot be read.
+    UserError: Gradio is not installed, the model or the parser cannot be read, or the parser that was
+        asked for does not fit the model.
   """
   try:
     from p2ldm.web import page
@@ -90,10 +91,19 @@ def _parser(given, model, pipeline):
     return None
   from p2ldm.evaluation.evaluators import load_parser
   from p2ldm.interop import evaluator_directory
+  from p2ldm.web.studio import check_parser
 
-  if given is None and not evaluator_directory.exists(model, 'parser'):
+  if given is not None:
+    return load_parser(storage.as_path(given).expanduser())
+  if not evaluator_directory.exists(model, 'parser'):
     return None
-  return load_parser(storage.as_path(given or model).expanduser())
+  parser = load_parser(storage.as_path(model).expanduser())
+  try:
+    check_parser(parser, pipeline)
+  except UserError as error:
+    logging.warning('Masks are not read from photographs. %s', error)
+    return None
+  return parser
 
 
 def define_flags():
@@ -105,8 +115,8 @@ def define_flags():
   flags.DEFINE_string(
     'parser',
     None,
-    "Folder with a parser, which reads masks from photographs. Default: that of the model's run; '' for "
-    'none.',
+    "Folder with a parser, which reads masks from photographs. Default: that of the model's run, if it fits "
+    "the model; '' for none.",
   )
   flags.DEFINE_integer('max_images', 8, 'Faces in one request, at most.', 1, 64)
   flags.DEFINE_integer('max_steps', 100, 'Steps of one request, at most.', 1)

@@ -8,6 +8,7 @@ many images are drawn, nor on the batch they are drawn in (up to rounding, where
 batch size differently).
 """
 
+import collections
 import contextlib
 import itertools
 from collections.abc import Callable, Mapping
@@ -31,6 +32,7 @@ from p2ldm.models.layers import resolve_dtype
 from p2ldm.provenance import records
 
 _BATCH_SIZE = 8  # images drawn at a time where none is given
+_KEPT = 16  # compiled programs
 
 
 class Pipeline:
@@ -86,7 +88,8 @@ class Pipeline:
     self._params = jax.device_put(params, sharding.replicated(self._mesh))
     side = self.image_size // self._denoiser.latent_factor
     self.latent_shape = (side, side, self._denoiser.latent_channels)
-    self._compiled: dict[tuple, Callable] = {}  # samplers, by everything that is static in them
+    # Samplers, by everything that is static in them; the one that was used last is the last.
+    self._compiled: collections.OrderedDict[tuple, Callable] = collections.OrderedDict()
     self._tick = lambda: None  # called by running samplers, once a step
     self._encode = sharding.OverBatch(self._encode_fn, self._mesh, 1)
     self._decode = sharding.OverBatch(self._decode_fn, self._mesh, 1)
@@ -408,6 +411,8 @@ class Pipeline:
   def program(self, key: tuple, function: Callable, batched: int) -> Callable:
     """`function` jitted, and kept, so that it is compiled once for each batch size.
 
+    Of many, those are kept that were used last.
+
     Args:
       key: its name and all that is static in it.
       function: (parameters, ..., of which the last `batched` lead with the batch axis) -> arrays that do.
@@ -415,6 +420,9 @@ class Pipeline:
     """
     if key not in self._compiled:
       self._compiled[key] = sharding.OverBatch(function, self._mesh, batched)
+      while len(self._compiled) > _KEPT:
+        self._compiled.popitem(last=False)
+    self._compiled.move_to_end(key)
     return self._compiled[key]
 
   def parts(self, rows: int) -> int:

@@ -3,16 +3,24 @@
 import base64
 import concurrent.futures
 import configparser
+import contextlib
+import dataclasses
 import io
 import itertools
 import json
 import pathlib
+import queue
+import shutil
 import socket
 import sys
+import threading
+import time
+import tracemalloc
 import types
 
 import numpy as np
 import pytest
+import tiny_evaluation
 import tiny_model
 from PIL import Image
 
@@ -25,7 +33,7 @@ import p2ldm
 from p2ldm import demo
 from p2ldm.data.labels import CELEBAMASK_HQ
 from p2ldm.errors import UserError
-from p2ldm.interop import model_card
+from p2ldm.interop import evaluator_directory, model_card
 from p2ldm.provenance import records, redrawing, usage
 from p2ldm.web import asked, page, studio
 from p2ldm.web.asked import Limits
@@ -124,6 +132,67 @@ def test_a_variation_keeps_to_the_limits_too(client, drawn):
   drawer = Studio(client.drawer.pipeline, Limits(steps=1), usage.UsageLog(None))
   with pytest.raises(UserError, match='steps: a whole number from 1 to 1, not 2'):
     drawer.vary(faces_of(drawn)[0]['url'], 1)
+
+
+def forged(drawn, **request) -> str:
+  """A face whose record asks for something else."""
+  face = Image.open(io.BytesIO(base64.b64decode(faces_of(drawn)[0]['url'].partition(',')[2])))
+  record = json.loads(face.text['p2ldm'])
+  record['request'].update(request)
+  return url(face, pnginfo=records.png_text(record))
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'sampler': 'x' * 5_000_000}, "sampler: one of ddpm, ddim, dpmpp_2m, not 'xxx"),
+    ({'guidance': {'attributes': 1e6, 'mask': 1}}, 'attributes guidance: a number from 0 to 20'),
+    ({'guidance': {'attributes': 1, 'mask': -50}}, 'mask guidance: a number from 0 to 20'),
+    ({'guidance': {'attributes': 1, 'mask': 1, 'x': 1}}, 'guidance: of attributes and mask'),
+    ({'guidance': {}}, 'guidance: of attributes and mask'),
+    ({'eta': 1.5}, 'eta of ddim: a number from 0 to 1, not 1.5'),
+    ({'eta': float('nan')}, 'eta of ddim: a number from 0 to 1, not nan'),
+    ({'eta': 10**400}, 'damaged'),
+    ({'eta': 0.5, 'sampler': 'ddpm'}, 'eta of ddpm: a number from 0 to 0, not 0.5'),
+    ({'guidance_interval': [3, 917]}, 'guidance interval: two timesteps from 0 to 19'),
+    ({'guidance_interval': [5, 4]}, 'the lower first'),
+    ({'guidance_interval': [-1, 4]}, 'the lower first'),
+    ({'guidance_interval': [0, float('inf')]}, 'damaged'),
+    ({'steps': 21}, 'steps: a whole number from 1 to 20, not 21'),
+    ({'attributes': {'x' * 10**6: 1}}, 'Unknown attribute'),
+    ({'attributes': {'Smiling': 2}}, 'a whole number from -1 to 1, not 2'),
+    (records.packed_mask(np.zeros((17, 17), np.uint8)), '17 x 17 pixels, and those of this model 16 x 16'),
+    ({'mask_sha256': 'x', 'mask_png': 'AAAA'}, 'damaged'),
+    ({'variation': {'of': [[1, 2, 1e300]], 'strength': 0.3}}, 'weights of images run from 0 to 1'),
+    ({'variation': {}}, 'damaged'),
+  ],
+)  # fmt: skip
+def test_a_forged_record_is_refused_and_not_noted(client, drawn, monkeypatch, changes, message):
+  noted = (client.folder / 'usage.jsonl').read_bytes()
+  monkeypatch.setattr(client.drawer, 'pipeline', Undrawn(client.drawer.pipeline))
+  with pytest.raises(UserError, match=message) as error:
+    list(client.drawer.vary(forged(drawn, **changes), 1))
+  assert len(str(error.value)) < 300
+  assert (client.folder / 'usage.jsonl').read_bytes() == noted
+
+
+def test_what_a_record_may_ask_for_is_drawn(client, drawn):
+  asked_for = {'eta': 0.5, 'guidance_interval': [3, 17], 'guidance': {'attributes': 20, 'mask': 0}}
+  *_, last = client.drawer.vary(forged(drawn, **asked_for), 1)
+  drawn_for = last['faces'][0].record['request']
+  assert {key: drawn_for[key] for key in asked_for} == asked_for
+
+
+def test_of_many_programs_those_are_kept_that_were_used_last():
+  pipeline = p2ldm.Pipeline(tiny_model.make_parts())
+  first = pipeline.program(('0',), TOLD, 1)
+  second = pipeline.program(('1',), TOLD, 1)
+  for i in range(2, 17):
+    assert pipeline.program(('0',), TOLD, 1) is first
+    pipeline.program((str(i),), TOLD, 1)
+  assert len(pipeline._compiled) == 16
+  assert pipeline.program(('0',), TOLD, 1) is first
+  assert pipeline.program(('1',), TOLD, 1) is not second
 
 
 def bad_numbers(low, high):
@@ -301,7 +370,7 @@ def test_the_message_names_the_field(client):
     ('mask_scale', 'x', "mask guidance: a number from 0 to 20 (1 is none), not 'x'"),
     ('attributes', {'Smilling': 1}, 'Did you mean Smiling'),
     ('mask', url(np.full((16, 16), 9, np.uint8)), 'class id 9 at x=0, y=0'),
-    ('mask', url(Image.new('L', (5000, 5000))), 'up to 4096 on a side'),
+    ('mask', url(Image.new('L', (2049, 1))), 'up to 2048 on a side'),
   ):
     assert words in client.ask('draw', changed(**{field: value}))['output']['error']
 
@@ -333,16 +402,71 @@ def test_a_full_queue_refuses_and_recovers(client, monkeypatch):
     assert client.messages(session)[-1]['success']
 
 
-class Waiting:
-  """A pipeline that draws when it is let."""
+def test_a_studio_has_no_more_threads_than_may_wait(client, monkeypatch):
+  gate = concurrent.futures.Future()
+  pipeline = Waiting(client.drawer.pipeline, gate)
+  drawer = Studio(pipeline, Limits(queue=2), usage.UsageLog(None))
+  running, left, waiting = requests = [drawer.draw(*GOOD) for _ in range(3)]
+  assert [next(request) for request in requests] == [{'state': 'starting'}] * 3
+  with pytest.raises(UserError, match='Too many requests wait here'):
+    next(drawer.draw(*GOOD))
+  left.close()
+  deadline = time.monotonic() + 30
+  while True:  # its place is free soon, though the first is still drawn
+    try:
+      last = drawer.draw(*GOOD)
+      next(last)
+      break
+    except UserError:
+      assert time.monotonic() < deadline
+      time.sleep(0.05)
+  gate.set_result(None)
+  assert all([*request][-1]['state'] == 'done' for request in (running, waiting, last))
+  assert pipeline.calls == 3
 
-  def __init__(self, pipeline, gate):
-    self._pipeline, self._gate = pipeline, gate
+
+def test_what_was_cancelled_is_not_drawn(tmp_path, monkeypatch):
+  with tiny_page.served(tmp_path, max_queue=2) as client:
+    gate = concurrent.futures.Future()
+    pipeline = Waiting(client.drawer.pipeline, gate)
+    monkeypatch.setattr(client.drawer, 'pipeline', pipeline)
+    for _ in range(6):
+      response, session = client.join('draw', list(GOOD))
+      assert response.status_code == 200
+      client.messages(session, until='process_generating')
+      left = {'fn_index': client.events['draw'], 'event_id': response.json()['event_id']}
+      client.request('POST', '/gradio_api/cancel', json={'session_hash': session, **left})
+    drawing = [thread for thread in threading.enumerate() if thread.name == 'drawing']
+    gate.set_result(None)
+    assert len(drawing) <= 3
+    assert len(faces_of(client.ask('draw', list(GOOD)))) == 2
+    assert pipeline.calls == 2  # the first, which was under way, and the last
+
+
+class Undrawn:
+  """A pipeline that is not to draw."""
+
+  def __init__(self, pipeline):
+    self._pipeline = pipeline
 
   def __getattr__(self, name):
     return getattr(self._pipeline, name)
 
   def __call__(self, *arguments, **options):
+    raise AssertionError('This was to be refused.')
+
+
+class Waiting:
+  """A pipeline that draws when it is let."""
+
+  def __init__(self, pipeline, gate):
+    self._pipeline, self._gate, self.calls = pipeline, gate, 0
+
+  def __getattr__(self, name):
+    return getattr(self._pipeline, name)
+
+  def __call__(self, *arguments, **options):
+    self.calls += 1
     self._gate.result(60)
     return self._pipeline(*arguments, **options)
 
@@ -401,6 +525,43 @@ def test_masks_are_read_for_the_editor(client):
   assert 'no parser' in client.call('read_photo', url(MASK)).json()['error']
 
 
+def test_few_pictures_are_read_at_a_time(client, monkeypatch):
+  gate, entered, answers = threading.Event(), [], queue.SimpleQueue()
+  read = asked.open_picture
+
+  def slow(*arguments):
+    entered.append(arguments)
+    assert gate.wait(60)
+    return read(*arguments)
+
+  monkeypatch.setattr(asked, 'open_picture', slow)
+  monkeypatch.setattr(client.drawer, 'parser', FakeParser())
+  functions = ['read_mask', 'read_photo'] * 6
+  with concurrent.futures.ThreadPoolExecutor(12) as pool:
+    for function in functions:
+      pool.submit(lambda name=function: answers.put(client.call(name, url(MASK)).json()))
+    try:
+      refused = [answers.get(timeout=30) for _ in range(8)]
+    finally:
+      gate.set()
+  assert all('try again' in answer['error'] for answer in refused)
+  assert len(entered) == 4
+  assert all('ids' in answers.get(timeout=30) for _ in range(4))
+  assert 'ids' in client.call('read_mask', url(MASK)).json()
+
+
+@pytest.mark.parametrize('color', [(0, 0, 0), (1, 2, 3)])
+def test_the_largest_mask_takes_little_memory(color):
+  mask = url(Image.new('RGB', (2048, 2048), color))
+  tracemalloc.start()
+  try:
+    with contextlib.suppress(UserError):
+      asked.read_mask(mask, CELEBAMASK_HQ, 512, Limits())
+    assert tracemalloc.get_traced_memory()[1] < 64 * 2**20
+  finally:
+    tracemalloc.stop()
+
+
 class FakeParser:
   """Takes red for class 1 and all else for class 0."""
 
@@ -432,6 +593,31 @@ def test_the_parser_sees_the_middle_square_of_a_photograph(client):
   mask = drawer.mask_of_photo(url(photo, 'JPEG', exif=exif, quality=95))
   assert mask[:, 9:].all()
   assert not mask[:, :7].any()
+
+
+def test_a_photograph_whose_exif_cannot_be_read_is_taken_as_it_is(client):
+  drawer = Studio(client.drawer.pipeline, Limits(), usage.UsageLog(None), FakeParser())
+  photo = np.zeros((16, 16, 3), np.uint8)
+  photo[:8, :, 0] = 255
+  for exif in (b'Exif\0\0garbage-garbage', b'Exif\0\0II*\0'):
+    mask = drawer.mask_of_photo(url(photo, exif=exif))
+    np.testing.assert_array_equal(mask, photo[..., 0] > 0)
+
+
+@pytest.mark.parametrize('other', ['classes', 'size', 'none'])
+def test_the_parser_of_a_run_is_taken_if_it_fits_the_model(client, tmp_path, other):
+  schema = tiny_model.SCHEMA
+  if other == 'classes':
+    schema = dataclasses.replace(schema, classes=('background', 'skin', 'hat'))
+  size = 32 if other == 'size' else 16
+  parts = tiny_evaluation.evaluator_parts('parser', schema=schema, image_size=size)
+  shutil.copytree(client.folder / 'tiny' / 'model', tmp_path / 'model')
+  evaluator_directory.save(tmp_path / 'parser' / 'model', parts)
+  _, drawer = demo.load(tmp_path, usage.UsageLog(None))
+  assert (drawer.parser is not None) == (other == 'none')
+  if other != 'none':  # one that was asked for is to fit
+    with pytest.raises(UserError, match='The parser'):
+      demo.load(tmp_path, usage.UsageLog(None), parser=str(tmp_path))
 
 
 def test_a_request_is_read_as_it_was_meant(client):

@@ -209,6 +209,14 @@ def test_pictures_are_upright_and_rgb(folder, tmp_path):
   assert max(red, green) < 60 < 200 < blue
 
 
+def test_a_picture_whose_exif_cannot_be_read_is_taken_as_it_is(folder, tmp_path):
+  pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+  for name, exif in (('a2', b'Exif\0\0garbage-garbage'), ('a10', b'Exif\0\0II*\0')):
+    Image.fromarray(pixels).save(folder / 'images' / f'{name}.png', exif=exif)
+  prepare(folder, tmp_path / 'out', image_size=16)
+  assert (read(tmp_path / 'out', 'train')['image'][:2] == pixels).all()
+
+
 def test_celeba_split_follows_the_mapping(raw, tmp_path):
   original = [0, 162_770, 162_771, 5, 182_637, 182_638, 6, 7, 202_598, 8, 9, 10]
   rows = [f'{i} {o} {o + 1:06d}.jpg' for i, o in enumerate(original)]

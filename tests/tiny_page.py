@@ -56,15 +56,15 @@ class Client:
     body = {'data': data, 'fn_index': number, 'session_hash': session, 'event_data': event_data}
     return self.request('POST', '/gradio_api/queue/join', json={**body, **more}), session
 
-  def messages(self, session) -> list[dict]:
-    """All that is told of what was asked for in a session."""
+  def messages(self, session, until=None) -> list[dict]:
+    """All that is told of what was asked for in a session, or up to a message of this kind."""
     told = []
     path = f'/gradio_api/queue/data?session_hash={session}'
     with self._http.stream('GET', path) as response:
       for line in response.iter_lines():
         if line.startswith('data:'):
           told.append(json.loads(line[5:]))
-        if told and told[-1]['msg'] in ('process_completed', 'unexpected_error'):
+        if told and told[-1]['msg'] in ('process_completed', 'unexpected_error', until):
           break
     return told
 

@@ -24,13 +24,21 @@ def read_image(path: pathlib.Path) -> Image.Image:
   Raises:
     UserError: there is no such file, it cannot be decoded in full, or has more than 8 bits a channel.
   """
-  image = ImageOps.exif_transpose(_decode(path))
+  image = upright(_decode(path))
   if image.mode.startswith(('I', 'F')):
     raise UserError(f'{path} has more than 8 bits per channel ({image.mode}); save it with 8 bits.')
   if image.has_transparency_data:
     image = image.convert('RGBA')
     image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
   return image.convert('RGB')
+
+
+def upright(image: Image.Image) -> Image.Image:
+  """The image, turned as its EXIF tag says; as it is if that cannot be read."""
+  try:
+    return ImageOps.exif_transpose(image)
+  except Exception:  # damaged EXIF makes Pillow raise anything, as damaged pixels do
+    return image
 
 
 def read_mask(path: pathlib.Path, schema: LabelSchema) -> np.ndarray:

@@ -17,6 +17,7 @@ from p2ldm.errors import UserError
 
 UNSPECIFIED = 255  # the class id of a mask pixel nobody has labelled
 UNSPECIFIED_COLOR = (128, 128, 128)
+_AT_ONCE = 2**18  # pixels whose colours are looked up at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,20 +93,24 @@ class LabelSchema:
     Raises:
       UserError: a colour belongs to no class; the message begins with `name`.
     """
-    code = image.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
     ids = np.full(image.shape[:2], UNSPECIFIED, np.uint8)
-    known = np.zeros(image.shape[:2], bool)
-    for i, color in [*enumerate(self.colors), (UNSPECIFIED, UNSPECIFIED_COLOR)]:
-      match = code == int(np.dot(color, [1 << 16, 1 << 8, 1]))
-      ids[match] = i
-      known |= match
-    if not known.all():
-      y, x = np.argwhere(~known)[0]
-      raise UserError(
-        f'{name} has the colour {tuple(int(c) for c in image[y, x])} at x={x}, y={y}, which is no '
-        f'class of the schema. Its classes are {self.describe_classes()}; {UNSPECIFIED_COLOR} is '
-        '"unspecified". Save masks as PNG without anti-aliasing, or as a single channel of class ids.'
-      )
+    rows = max(1, _AT_ONCE // max(1, image.shape[1]))
+    for top in range(0, len(image), rows):  # a few rows at a time, which takes little memory
+      part = image[top : top + rows].astype(np.int32)
+      code = part[..., 0] << 16 | part[..., 1] << 8 | part[..., 2]
+      known = np.zeros(code.shape, bool)
+      for i, (red, green, blue) in [*enumerate(self.colors), (UNSPECIFIED, UNSPECIFIED_COLOR)]:
+        match = code == red << 16 | green << 8 | blue
+        ids[top : top + rows][match] = i
+        known |= match
+      if not known.all():
+        y, x = _first(~known)
+        y += top
+        raise UserError(
+          f'{name} has the colour {tuple(int(c) for c in image[y, x])} at x={x}, y={y}, which is no '
+          f'class of the schema. Its classes are {self.describe_classes()}; {UNSPECIFIED_COLOR} is '
+          '"unspecified". Save masks as PNG without anti-aliasing, or as a single channel of class ids.'
+        )
     return ids
 
   def check_ids(self, mask: np.ndarray, name: str = 'The mask') -> np.ndarray:
@@ -116,7 +121,7 @@ class LabelSchema:
     """
     bad = (mask < 0) | ((mask >= self.num_classes) & (mask != UNSPECIFIED))
     if bad.any():
-      y, x = np.argwhere(bad)[0]
+      y, x = _first(bad)
       raise UserError(
         f'{name} has the class id {int(mask[y, x])} at x={x}, y={y}; ids run from 0 to '
         f'{self.num_classes - 1}, and {UNSPECIFIED} is "unspecified".'
@@ -222,6 +227,11 @@ class LabelSchema:
     except (OSError, ValueError) as error:
       raise UserError(f'Cannot read the label schema {path}: {error}') from error
     return cls.from_dict(values, str(path))
+
+
+def _first(where: np.ndarray) -> tuple[int, int]:
+  """(y, x) of the first pixel that is True."""
+  return divmod(int(where.argmax()), where.shape[1])
 
 
 # Names and order of the official g_mask.py; colours of its g_color.py.

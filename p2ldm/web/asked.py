@@ -15,8 +15,11 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from p2ldm import conditions
+from p2ldm.data import image_files
 from p2ldm.data.labels import UNSPECIFIED
+from p2ldm.diffusion.samplers import SAMPLERS
 from p2ldm.errors import UserError
+from p2ldm.provenance import redrawing
 
 _FORMATS = ('PNG', 'JPEG', 'WEBP', 'GIF', 'BMP')
 _MAX_SCALE = 20.0  # of guidance
@@ -31,6 +34,7 @@ class Limits:
     steps: of the sampler.
     file_bytes: of a picture that is handed in.
     side: pixels of the longer side of such a picture.
+    mask_side: the same of a mask.
     queue: requests that wait at a time; more are refused.
   """
 
@@ -38,6 +42,7 @@ class Limits:
   steps: int = 100
   file_bytes: int = 12 * 2**20
   side: int = 4096
+  mask_side: int = 2048
   queue: int = 32
 
   @property
@@ -64,40 +69,62 @@ def read_request(
   Raises:
     UserError: one of them is something else or too much; the message names it.
   """
-  if not isinstance(attributes, Mapping | None):
-    raise UserError(f'attributes: an object of names with -1, 0 or 1, not {_shown(attributes)}.')
-  if len(attributes or {}) > pipeline.schema.num_attributes:
-    raise UserError(
-      f'attributes: this model knows {pipeline.schema.num_attributes}, not {len(attributes)}.'
-    )
-  given = {
-    _name(name): _whole(f'attribute {_shown(name)}', value, -1, 1)
-    for name, value in (attributes or {}).items()
-  }
-  rows = conditions.read_attributes(given, pipeline.schema)
+  rows = _attributes(pipeline, attributes)
   ids = read_mask(mask, pipeline.schema, pipeline.image_size, limits)
   pipeline.read_conditions(rows, ids[None], 1)  # whether the model takes them
   return {
     'attributes': rows[0],
     'mask': ids,
     'seed': _whole('seed', seed, 0, 2**32 - 1),
-    'steps': check_steps(pipeline, limits, steps),
-    'guidance': {
-      'attributes': _scale('attributes guidance', attributes_scale),
-      'mask': _scale('mask guidance', mask_scale),
-    },
-    'num_images': check_images(limits, num_images),
+    'steps': _steps(pipeline, limits, steps),
+    'guidance': _guidance({'attributes': attributes_scale, 'mask': mask_scale}),
+    'num_images': _whole('images', num_images, 1, limits.images),
   }
 
 
-def check_steps(pipeline, limits: Limits, value) -> int:
-  """The number of steps. Raises `UserError` if it is none, or more than allowed."""
-  return _whole('steps', value, 1, min(limits.steps, pipeline.schedule.num_timesteps))
+def read_record(
+  pipeline, limits: Limits, record: Mapping, strength: float, seed: int, num_images
+) -> dict:
+  """What is to be drawn for variations of an image, as keyword arguments of a `Pipeline`.
 
+  Anyone can write a record: what it says is held to what can be asked for, here or by the commands.
 
-def check_images(limits: Limits, value) -> int:
-  """The number of images. Raises `UserError` if it is none, or more than allowed."""
-  return _whole('images', value, 1, limits.images)
+  Args:
+    pipeline: that draws it, and drew the image.
+    limits: of one request.
+    record: of the image.
+    strength: how far from it, 0 to 1.
+    seed: of the variations.
+    num_images: a number.
+
+  Returns:
+    What `redrawing.request_of` gives, with this seed, the variation and num_images.
+
+  Raises:
+    UserError: something of it is something else or too much; the message names it.
+  """
+  images = _whole('images', num_images, 1, limits.images)
+  _check_size_of_mask(pipeline, record['request'])
+  try:
+    request = redrawing.request_of(pipeline, record)
+    varied = {**request, 'image': record['request'].get('image')}
+    variation = conditions.read_variation(conditions.vary(varied, strength))
+  except (KeyError, TypeError, OverflowError) as error:
+    raise UserError(f'The record is damaged: {error!r}.') from error
+  if not all(0 <= weight <= 1 for _, _, weight in variation['of']):
+    raise UserError('variation: the weights of images run from 0 to 1.')
+  rows = _attributes(pipeline, request['attributes'])
+  pipeline.read_conditions(rows, request['mask'], 1)  # whether the model takes them
+  return {
+    **request,
+    'seed': seed,
+    'steps': _steps(pipeline, limits, request['steps']),
+    **_sampler(request['sampler'], request['eta']),
+    'guidance': _guidance(request['guidance']),
+    'guidance_interval': _interval(pipeline, request['guidance_interval']),
+    'variation': variation,
+    'num_images': images,
+  }
 
 
 def read_mask(url, schema, size: int, limits: Limits) -> np.ndarray:
@@ -108,7 +135,8 @@ def read_mask(url, schema, size: int, limits: Limits) -> np.ndarray:
   """
   if url is None or url == '':
     return np.full((size, size), UNSPECIFIED, np.uint8)
-  return conditions.read_mask(open_picture(url, 'The mask', limits), schema, size)[0]
+  image = open_picture(url, 'The mask', limits, limits.mask_side)
+  return conditions.read_mask(image, schema, size)[0]
 
 
 def read_photo(url, size: int, limits: Limits) -> np.ndarray:
@@ -117,7 +145,7 @@ def read_photo(url, size: int, limits: Limits) -> np.ndarray:
   Raises:
     UserError: it is no picture, or it is too large.
   """
-  image = ImageOps.exif_transpose(open_picture(url, 'The photograph', limits)).convert('RGB')
+  image = image_files.upright(open_picture(url, 'The photograph', limits)).convert('RGB')
   return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
 
 
@@ -143,8 +171,19 @@ def read_bytes(url, name: str, limits: Limits) -> bytes:
     raise UserError(f'{name} is not in base64: {error}.') from error
 
 
-def open_picture(url, name: str, limits: Limits) -> Image.Image:
-  """The picture in a data URL, loaded once its size is known to be bearable."""
+def open_picture(url, name: str, limits: Limits, side: int | None = None) -> Image.Image:
+  """The picture in a data URL, loaded once its size is known to be bearable.
+
+  Args:
+    url: of the picture.
+    name: what messages call it.
+    limits: of one request.
+    side: pixels of the longer side, at most; None for those of `limits`.
+
+  Raises:
+    UserError: it is no picture, or it is too large.
+  """
+  side = side or limits.side
   file = io.BytesIO(read_bytes(url, name, limits))
   try:
     with warnings.catch_warnings():
@@ -153,15 +192,77 @@ def open_picture(url, name: str, limits: Limits) -> Image.Image:
   except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
     raise UserError(f'{name} is no picture that can be read. Save it as PNG.') from error
   width, height = image.size
-  if not 0 < max(width, height) <= limits.side or not min(width, height):
+  if not 0 < max(width, height) <= side or not min(width, height):
     raise UserError(
-      f'{name} is {width} x {height} pixels; this page takes up to {limits.side} on a side. Make it smaller.'
+      f'{name} is {width} x {height} pixels; this page takes up to {side} on a side. Make it smaller.'
     )
   try:
     image.load()
   except Exception as error:  # damaged files make Pillow's decoders raise anything
     raise UserError(f'{name} is damaged: {_shown(str(error))}. Save it again as PNG.') from error
   return image
+
+
+def _attributes(pipeline, value) -> np.ndarray:
+  """{name: -1, 0 or 1} as (1, A) int8."""
+  if not isinstance(value, Mapping | None):
+    raise UserError(f'attributes: an object of names with -1, 0 or 1, not {_shown(value)}.')
+  known = pipeline.schema.num_attributes
+  if len(value or {}) > known:
+    raise UserError(f'attributes: this model knows {known}, not {len(value)}.')
+  given = {
+    _name(name): _whole(f'attribute {_shown(name)}', each, -1, 1)
+    for name, each in (value or {}).items()
+  }
+  return conditions.read_attributes(given, pipeline.schema)
+
+
+def _check_size_of_mask(pipeline, request: Mapping):
+  """Raises `UserError` if the mask of a record is larger than an image; what it shows is not read."""
+  packed = request.get('mask_png')
+  if not isinstance(packed, str):
+    return  # there is none, or it is refused when it is read
+  size = pipeline.image_size
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore')
+      width, height = Image.open(io.BytesIO(base64.b64decode(packed)), formats=('PNG',)).size
+  except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    raise UserError('The mask in the record is damaged.') from error
+  if (width, height) != (size, size):
+    raise UserError(
+      f'The mask in the record is {width} x {height} pixels, and those of this model {size} x {size}.'
+    )
+
+
+def _steps(pipeline, limits: Limits, value) -> int:
+  return _whole('steps', value, 1, min(limits.steps, pipeline.schedule.num_timesteps))
+
+
+def _sampler(name: str, eta: float) -> dict:
+  if name not in SAMPLERS:
+    raise UserError(f'sampler: one of {", ".join(SAMPLERS)}, not {_shown(name)}.')
+  most = 1 if name == 'ddim' else 0
+  if not 0 <= eta <= most:  # nor is NaN
+    raise UserError(f'eta of {name}: a number from 0 to {most}, not {_shown(eta)}.')
+  return {'sampler': name, 'eta': eta}
+
+
+def _guidance(scales: Mapping) -> dict[str, float]:
+  if set(scales) != set(conditions.GUIDANCE):
+    raise UserError(
+      f'guidance: of {" and ".join(conditions.GUIDANCE)}, not of {_shown(list(scales))}.'
+    )
+  return {name: _scale(f'{name} guidance', scales[name]) for name in conditions.GUIDANCE}
+
+
+def _interval(pipeline, value: tuple[int, int] | None) -> tuple[int, int] | None:
+  last = pipeline.schedule.num_timesteps - 1
+  if value is not None and not 0 <= value[0] <= value[1] <= last:
+    raise UserError(
+      f'guidance interval: two timesteps from 0 to {last}, the lower first, not {_shown(value)}.'
+    )
+  return value
 
 
 def _whole(name: str, value, low: int, high: int) -> int:

@@ -12,7 +12,7 @@ from starlette.middleware import Middleware
 from p2ldm import conditions
 from p2ldm.data.labels import LabelSchema
 from p2ldm.errors import UserError
-from p2ldm.web import asked, guard, studio
+from p2ldm.web import guard, studio
 from p2ldm.web.studio import Studio
 
 _STATIC = pathlib.Path(__file__).parent / 'static'
@@ -190,7 +190,7 @@ def _mask_editor(drawer: Studio, examples) -> gr.HTML:
   schema, size = drawer.pipeline.schema, drawer.pipeline.image_size
 
   def read_mask(url) -> dict:
-    return _ids(lambda: asked.read_mask(url, schema, size, drawer.limits))
+    return _ids(lambda: drawer.mask_of_file(url))
 
   def read_photo(url) -> dict:
     return _ids(lambda: drawer.mask_of_photo(url))

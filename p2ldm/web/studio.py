@@ -1,6 +1,7 @@
 """Draws what the page asks for: one request at a time, telling how far it is; no Gradio here."""
 
 import base64
+import contextlib
 import io
 import itertools
 import queue
@@ -11,10 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
-from p2ldm import conditions
 from p2ldm.data.labels import UNSPECIFIED
 from p2ldm.errors import UserError
-from p2ldm.provenance import manifests, records, redrawing
+from p2ldm.provenance import manifests, records
 from p2ldm.provenance.usage import UsageLog
 from p2ldm.web import asked
 from p2ldm.web.asked import Limits
@@ -22,7 +22,10 @@ from p2ldm.web.asked import Limits
 VARIATION = 0.3  # how far a variation is from what it varies, of 1
 _EXAMPLES_SEED = 7
 _BATCH = 8  # faces at a time
+_READERS = 4  # pictures that are read at a time
 _OFTEN = 0.1  # seconds between two reports
+_PATIENCE = 10.0  # seconds that a request to draw waits for others whose pictures are read
+_STILL = 0.5  # seconds after which the last report is repeated
 
 
 class Studio:
@@ -42,11 +45,12 @@ class Studio:
       UserError: the parser gives other classes than the model takes, or other sizes.
     """
     if parser is not None:
-      parser.check_schema(pipeline.schema, 'the model')
-      parser.check_image_size(pipeline.image_size, 'the images of the model')
+      check_parser(parser, pipeline)
     self.pipeline, self.parser, self.limits, self.signer = pipeline, parser, limits, signer
     self._log = log
     self._lock = threading.Lock()  # a visitor who leaves does not stop what goes on
+    self._readers = threading.BoundedSemaphore(_READERS)
+    self._pending = threading.BoundedSemaphore(limits.queue + 1)  # one is drawn, the others wait
 
   def draw(self, *values) -> Iterator[dict]:
     """Draws what was asked for.
@@ -55,13 +59,14 @@ class Studio:
       *values: as of `asked.read_request`.
 
     Yields:
-      {'state': 'starting'}; then, about ten times a second, {'state': 'drawing', 'done', 'total'} in steps;
+      {'state': 'starting'}; then, up to ten times a second, {'state': 'drawing', 'done', 'total'} in steps;
       and at last {'state': 'done', 'seconds', 'faces': [`records.GeneratedImage`]}.
 
     Raises:
       UserError: it cannot be drawn; the message says what to change.
     """
-    request = asked.read_request(self.pipeline, self.limits, *values)
+    with self._reader(_PATIENCE):
+      request = asked.read_request(self.pipeline, self.limits, *values)
     return self._draw('draw', request)
 
   def vary(self, url, num_images) -> Iterator[dict]:
@@ -71,66 +76,114 @@ class Studio:
       url: data URL of the picture, as it was drawn.
       num_images: how many.
     """
-    asked.open_picture(url, 'The picture', self.limits)  # of a bearable size
-    data = asked.read_bytes(url, 'The picture', self.limits)
-    record = records.read(io.BytesIO(data), 'The picture')
-    if record is None:
-      raise UserError('The picture carries no record of how it was drawn, so it cannot be varied.')
-    request = redrawing.request_of(self.pipeline, record)
-    asked.check_steps(self.pipeline, self.limits, request['steps'])
-    varied = {**request, 'image': record['request'].get('image')}
-    request['variation'] = conditions.read_variation(conditions.vary(varied, VARIATION))
-    request['num_images'] = asked.check_images(self.limits, num_images)
-    request['seed'] = secrets.randbelow(10**6)
-    self.pipeline.read_conditions(request['attributes'], request['mask'], 1)
+    with self._reader(_PATIENCE):
+      asked.open_picture(url, 'The picture', self.limits)  # of a bearable size
+      data = asked.read_bytes(url, 'The picture', self.limits)
+      record = records.read(io.BytesIO(data), 'The picture')
+      if record is None:
+        raise UserError(
+          'The picture carries no record of how it was drawn, so it cannot be varied.'
+        )
+      seed = secrets.randbelow(10**6)
+      request = asked.read_record(self.pipeline, self.limits, record, VARIATION, seed, num_images)
     return self._draw('vary', request)
+
+  def mask_of_file(self, url) -> np.ndarray:
+    """The mask (S, S) uint8 in a file.
+
+    Raises:
+      UserError: it is no mask of this model, or too many pictures are being read.
+    """
+    with self._reader():
+      return asked.read_mask(url, self.pipeline.schema, self.pipeline.image_size, self.limits)
 
   def mask_of_photo(self, url) -> np.ndarray:
     """The mask (S, S) uint8 that the parser finds in a photograph.
 
     Raises:
-      UserError: it is no picture, or there is no parser.
+      UserError: it is no picture, there is no parser, or too many pictures are being read.
     """
     if self.parser is None:
       raise UserError('There is no parser here that reads masks from photographs.')
-    photo = asked.read_photo(url, self.pipeline.image_size, self.limits)
-    with self._lock:
+    with self._reader():  # and not in the queue: a mask is wanted while others draw, too
+      photo = asked.read_photo(url, self.pipeline.image_size, self.limits)
       return self.parser.predict(photo[None])[0]
 
+  @contextlib.contextmanager
+  def _reader(self, patience: float = 0.0):
+    """Lets few pictures be read at a time, each of which takes memory; waits so many seconds for that."""
+    if not self._readers.acquire(timeout=patience):
+      raise UserError('Too many pictures are being read here at the moment; try again.')
+    try:
+      yield
+    finally:
+      self._readers.release()
+
   def _draw(self, event: str, request: dict) -> Iterator[dict]:
-    self._note(event, request)
     # As few at a time as are wanted, so that none is drawn in vain.
     options = {**request, 'batch_size': min(request['num_images'], _BATCH)}
     start = time.monotonic()
-    yield {'state': 'starting'}
-    for state, value in self._reported(lambda report: self.pipeline(**options, progress=report)):
-      if state == 'drawing':
+    for state, value in self._reported(
+      lambda: self._note(event, request), lambda report: self.pipeline(**options, progress=report)
+    ):
+      if state == 'starting':
+        yield {'state': state}
+      elif state == 'drawing':
         yield {'state': state, 'done': value[0], 'total': value[1]}
       else:
         yield {'state': state, 'faces': value, 'seconds': time.monotonic() - start}
 
-  def _reported(self, work: Callable) -> Iterator[tuple]:
-    """Runs work(report) in a thread; yields ('drawing', what report was called with), ('done', result)."""
-    told = queue.SimpleQueue()
+  def _reported(self, begin: Callable, work: Callable) -> Iterator[tuple]:
+    """Calls begin(), and runs work(report) in a thread when its turn has come, unless this is closed before.
+
+    Yields:
+      ('starting', None); ('drawing', what report was called with); and at last ('done', result). The first
+      two are repeated while nothing happens: between two of them, this can be closed.
+
+    Raises:
+      UserError: too many wait already.
+    """
+    told, gone = queue.SimpleQueue(), threading.Event()
 
     def run():
       try:
-        with self._lock:
-          told.put(('done', work(lambda *step: told.put(('drawing', step)))))
+        while not self._lock.acquire(timeout=_STILL):
+          if gone.is_set():
+            return
+        try:
+          if not gone.is_set():
+            told.put(('done', work(lambda *step: told.put(('drawing', step)))))
+        finally:
+          self._lock.release()
       except BaseException as error:
         told.put(('failed', error))
+      finally:
+        self._pending.release()
 
-    threading.Thread(target=run, daemon=True).start()
-    while True:
-      state, value = told.get()
-      while state == 'drawing' and not told.empty():
-        state, value = told.get()
-      if state == 'failed':
-        raise value
-      yield state, value
-      if state == 'done':
-        return
-      time.sleep(_OFTEN)
+    if not self._pending.acquire(blocking=False):
+      raise UserError('Too many requests wait here; try again later.')
+    try:
+      begin()
+      threading.Thread(target=run, name='drawing', daemon=True).start()
+    except BaseException:
+      self._pending.release()
+      raise
+    state, value = 'starting', None
+    try:
+      while True:
+        yield state, value
+        if state == 'done':
+          return
+        if state == 'drawing':
+          time.sleep(_OFTEN)
+        with contextlib.suppress(queue.Empty):
+          state, value = told.get(timeout=_STILL)
+        while state == 'drawing' and not told.empty():
+          state, value = told.get()
+        if state == 'failed':
+          raise value
+    finally:
+      gone.set()
 
   def _note(self, event: str, request: Mapping):
     """One line in the usage log: hashes instead of the mask."""
@@ -148,6 +201,12 @@ class Studio:
       raise UserError(
         f'The usage log of this page cannot be written ({error.strerror}), and without it nothing is drawn.'
       ) from error
+
+
+def check_parser(parser, pipeline):
+  """Raises `UserError` if the parser gives other classes than the model takes, or other sizes."""
+  parser.check_schema(pipeline.schema, 'the model')
+  parser.check_image_size(pipeline.image_size, 'the images of the model')
 
 
 def png_url(image: records.GeneratedImage, signer: manifests.Signer | None = None) -> str:
