@@ -121,7 +121,6 @@ def read_record(
     'steps': _steps(pipeline, limits, request['steps']),
     **_sampler(request['sampler'], request['eta']),
     'guidance': _guidance(request['guidance']),
-    'guidance_interval': _interval(pipeline, request['guidance_interval']),
     'variation': variation,
     'num_images': images,
   }
@@ -254,15 +253,6 @@ def _guidance(scales: Mapping) -> dict[str, float]:
       f'guidance: of {" and ".join(conditions.GUIDANCE)}, not of {_shown(list(scales))}.'
     )
   return {name: _scale(f'{name} guidance', scales[name]) for name in conditions.GUIDANCE}
-
-
-def _interval(pipeline, value: tuple[int, int] | None) -> tuple[int, int] | None:
-  last = pipeline.schedule.num_timesteps - 1
-  if value is not None and not 0 <= value[0] <= value[1] <= last:
-    raise UserError(
-      f'guidance interval: two timesteps from 0 to {last}, the lower first, not {_shown(value)}.'
-    )
-  return value
 
 
 def _whole(name: str, value, low: int, high: int) -> int:
