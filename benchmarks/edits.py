@@ -1,6 +1,6 @@
 """How well edits of held-out faces keep what was to stay, and how often the change takes.
 
-  python -m benchmarks.edits runs/multi_tiny --data=data/embedded_64 --evaluators=runs/evaluators_tiny \\
+  python -m benchmarks.edits packaged --data=data/embedded_64_12k --evaluators=runs/evaluators_packaged \\
     --num_faces=12 --attributes=Smiling,Eyeglasses --out=edits.png
 
 The faces are embedded ones, so each can be rendered again with one attribute changed: that face is what the
