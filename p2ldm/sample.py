@@ -148,9 +148,11 @@ def describe(model=None) -> str:
 
 
 def check_out(out: storage.Path, overwrite: bool):
-  """Raises `UserError` for a file, and for a folder that is not empty where nothing is to be replaced."""
-  if out.exists() and not out.is_dir():
-    raise UserError(f'--out={out} is a file; give a folder.')
+  """Raises `UserError` for a file or below one, and for a folder that holds what is not to be replaced."""
+  above = () if storage.is_remote(out) else out.parents
+  there = next((path for path in (out, *above) if path.exists()), out)
+  if there.exists() and not there.is_dir():
+    raise UserError(f'--out={out}: {there} is a file; give a folder.')
   if out.exists() and any(out.iterdir()) and not overwrite:
     raise UserError(
       f'--out={out} is not empty. Choose another folder, or pass --overwrite to replace the pictures '

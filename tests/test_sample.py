@@ -226,6 +226,8 @@ def test_out_that_cannot_be_a_folder(fast, tmp_path):
   for out in (tmp_path / 'file', tmp_path / 'file' / 'below'):
     with pytest.raises(UserError, match='file'):
       sample.draw('model', out)
+  with pytest.raises(UserError, match='file; give a folder'):
+    sample.check_out(tmp_path / 'file' / 'below' / 'out', overwrite=False)
 
 
 def test_a_big_grid_says_how_many_it_shows(monkeypatch):
