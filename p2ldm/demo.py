@@ -61,8 +61,8 @@ def load(
     signer: signs what is drawn.
 
   Raises:
-    UserError: Gradio is not installed, the model or the parser cannot be read, or the parser that was
-        asked for does not fit the model.
+    UserError: Gradio is not installed, the model or the parser cannot be read, or the parser that was asked
+      for does not fit the model.
   """
   try:
     from p2ldm.web import page
