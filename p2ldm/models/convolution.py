@@ -3,7 +3,7 @@
 In float32 and at stride 1 that is Winograd's, where there are channels and tiles enough to pay for the
 transforms, and of images and latents, whose channels are few, one product of their patches. On accelerators
 it is XLA's: their matrix units round too much for Winograd's. A program that is exported for several
-platforms has both.
+platforms has both. Behind a doubling, Winograd's takes the map as it is.
 """
 
 import functools
@@ -21,9 +21,20 @@ LEAST_TILES = 16  # of a batch, below which transforming the kernel takes too lo
 
 def conv(x, kernel, strides, padding, **options):
   """What `nn.Conv` takes as `conv_general_dilated`; arguments as of `lax.conv_general_dilated`, NHWC."""
-  convolve = functools.partial(
-    lax.conv_general_dilated, window_strides=strides, padding=padding, **options
-  )
+  return _conv(x, kernel, strides, padding, options, doubled=False)
+
+
+def conv_doubled(x, kernel, strides, padding, **options):
+  """As `conv`, of x doubled by nearest neighbour: (B, h, w, C) -> (B, 2h, 2w, D)."""
+  return _conv(x, kernel, strides, padding, options, doubled=True)
+
+
+def _conv(x, kernel, strides, padding, options: dict, doubled: bool):
+  def convolve(x, kernel):
+    if doubled:
+      x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+    return lax.conv_general_dilated(x, kernel, window_strides=strides, padding=padding, **options)
+
   plain = (
     kernel.shape[:2] == (3, 3)
     and tuple(strides) == (1, 1)
@@ -34,16 +45,20 @@ def conv(x, kernel, strides, padding, **options):
   )
   if not plain or x.dtype != jnp.float32 or jax.default_backend() != 'cpu':
     return convolve(x, kernel)
-  if x.shape[-1] <= FEW_CHANNELS:
+  if x.shape[-1] <= FEW_CHANNELS and not doubled:
     return lax.platform_dependent(x, kernel, cpu=conv_patches, default=convolve)
-  if not _pays(x, kernel):
+  if not _pays(x, kernel, doubled):
     return convolve(x, kernel)
+  form = winograd.DOUBLED if doubled else winograd.PLAIN
 
   @jax.custom_vjp
   def same(x, kernel):
-    return lax.platform_dependent(x, kernel, cpu=winograd.conv, default=convolve)
+    of_cpu = functools.partial(winograd.conv, form=form)
+    return lax.platform_dependent(x, kernel, cpu=of_cpu, default=convolve)
 
-  same.defvjp(winograd.forward, winograd.backward)
+  same.defvjp(
+    functools.partial(winograd.forward, form=form), functools.partial(winograd.backward, form=form)
+  )
   return same(x, kernel)
 
 
@@ -63,9 +78,11 @@ def conv_patches(x, kernel):
   return jnp.concatenate(patches, -1) @ kernel.reshape(-1, kernel.shape[-1])
 
 
-def _pays(x, kernel) -> bool:
+def _pays(x, kernel, doubled: bool) -> bool:
   """Whether Winograd's form is faster than XLA's."""
   batch, height, width, _ = x.shape
+  if doubled:
+    height, width = 2 * height, 2 * width
   many = jax.export.is_symbolic_dim(batch)  # of a program that is exported for any batch
   many = many or batch * height * width >= LEAST_TILES * winograd.TILE**2
   return (

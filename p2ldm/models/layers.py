@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from p2ldm.errors import UserError
-from p2ldm.models.convolution import conv
+from p2ldm.models.convolution import conv_doubled
 
 Dtype = jnp.dtype
 NORM_GROUPS = (32, 4)  # a norm has at most 32 groups, of at least 4 channels
@@ -118,13 +118,12 @@ class Upsample(nn.Module):
   @nn.compact
   def __call__(self, x):
     """(B, H, W, C) -> (B, 2H, 2W, C)."""
-    x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
     return nn.Conv(
       x.shape[-1],
       (3, 3),
       kernel_init=torch_init,
       dtype=self.dtype,
-      conv_general_dilated=conv,
+      conv_general_dilated=conv_doubled,
       name='conv',
     )(x)
 

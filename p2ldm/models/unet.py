@@ -17,7 +17,7 @@ import numpy as np
 
 from p2ldm.errors import UserError
 from p2ldm.models.attention import AttentionBlock, SpatialTransformer
-from p2ldm.models.convolution import conv
+from p2ldm.models.convolution import conv, conv_doubled
 from p2ldm.models.layers import NORM_GROUPS, Dtype, GroupNorm, rematerialized
 
 Conv = functools.partial(nn.Conv, kernel_size=(3, 3), padding=1, conv_general_dilated=conv)
@@ -79,7 +79,8 @@ class Upsample(nn.Module):
   @nn.compact
   def __call__(self, x):
     """(B, h, w, C) to (B, 2h, 2w, channels)."""
-    return Conv(self.channels, dtype=self.dtype, name='conv')(x.repeat(2, axis=1).repeat(2, axis=2))
+    fields = {'dtype': self.dtype, 'conv_general_dilated': conv_doubled}
+    return Conv(self.channels, **fields, name='conv')(x)
 
 
 class Block(nn.Module):

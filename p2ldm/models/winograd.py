@@ -11,22 +11,53 @@ float32 is six times that of the plain sum in the root mean square, 1.3e-6 of th
 in the transformed domain: they are the transposes of the same four steps.
 
 Transformed arrays are (6, 6, T, channels): the points of rows and of columns, then all tiles of a batch.
+
+Of a map that is doubled by nearest neighbour first, 4 x 4 outputs depend on 4 x 4 inputs. Every other output
+along an axis is a filter of two taps, (k0, k1 + k2) or (k0 + k1, k2), and two of its outputs take three
+products, F(2, 2). So there are 36 again, but the doubled map is never made, and as all coefficients are 0 or
++-1, rounding is that of the plain sum.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 TILE = 4  # outputs along an axis
-_INPUTS = TILE + 2  # that they depend on
+_POINTS = 6  # products for them
 
 
-def _matrices() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """A^T (4, 6), G (6, 3) and B^T (6, 6), float64, by Lagrange's interpolation (Toom and Cook)."""
+class Form(NamedTuple):
+  """The matrices of one axis, float64.
+
+  Attributes:
+    output: A^T, (4, 6).
+    kernel: G, (6, 3).
+    data: B^T, (6, inputs that a tile depends on); those of neighbours overlap by two.
+  """
+
+  output: np.ndarray
+  kernel: np.ndarray
+  data: np.ndarray
+
+  @property
+  def inputs(self) -> int:
+    """Inputs along an axis that a tile depends on: its own, and one on either side."""
+    return self.data.shape[1]
+
+  @property
+  def own(self) -> int:
+    """Inputs along an axis from a tile to the next."""
+    return self.inputs - 2
+
+
+def _plain() -> Form:
+  """Of the plain convolution, by Lagrange's interpolation (Toom and Cook)."""
   root = 2.0**0.5
   points = np.array([0.0, 1 / root, -1 / root, root, -root])
-  output, kernel = np.zeros((TILE, _INPUTS)), np.zeros((_INPUTS, 3))
-  data = np.zeros((_INPUTS, _INPUTS))
+  output, kernel = np.zeros((TILE, _POINTS)), np.zeros((_POINTS, 3))
+  data = np.zeros((_POINTS, TILE + 2))
   for i, point in enumerate(points):
     others = np.delete(points, i)
     output[:, i] = point ** np.arange(TILE)
@@ -35,10 +66,24 @@ def _matrices() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   output[-1, -1] = kernel[-1, -1] = 1.0  # infinity
   data[-1] = np.poly(points)[::-1]
   data[np.abs(data) < 1e-12] = 0.0  # every other coefficient of a product over +-p
-  return output, kernel, data
+  return Form(output, kernel, data)
 
 
-_OUTPUT, _KERNEL, _DATA = _matrices()
+def _doubled() -> Form:
+  """Of a convolution behind doubling: x0 g0 + x1 g1 = (x0 - x1) g0 + x1 (g0 + g1), and so on.
+
+  Even outputs are filters of a tile's first three inputs, odd ones of its last three.
+  """
+  even = np.array([[1, -1, 0, 0], [0, 1, 0, 0], [0, 1, -1, 0]])
+  data = np.concatenate([even, np.roll(even, 1, 1)])
+  kernel = np.array([[1, 0, 0], [1, 1, 1], [0, 1, 1], [1, 1, 0], [1, 1, 1], [0, 0, 1]])
+  pair = np.array([[1, 1, 0], [0, 1, -1]])
+  output = np.zeros((TILE, _POINTS))
+  output[0::2, :3] = output[1::2, 3:] = pair
+  return Form(output, kernel, data)
+
+
+PLAIN, DOUBLED = _plain(), _doubled()
 
 
 def _both(matrix: np.ndarray) -> np.ndarray:
@@ -46,66 +91,70 @@ def _both(matrix: np.ndarray) -> np.ndarray:
   return np.einsum('pi,qj->pqij', matrix, matrix).astype(np.float32)
 
 
-def conv(x, kernel):
+def conv(x, kernel, form: Form = PLAIN):
   """The 3x3 convolution, stride 1, padded with zeros to the same size.
 
   Args:
-    x: (B, h, w, C) float32, h and w multiples of 4.
+    x: (B, h, w, C) float32, h and w multiples of 4; of `DOUBLED`, of 2.
     kernel: (3, 3, C, D) float32.
+    form: `PLAIN`, or `DOUBLED` to have x doubled by nearest neighbour first.
 
   Returns:
-    (B, h, w, D) float32.
+    (B, h, w, D) float32; of `DOUBLED`, (B, 2h, 2w, D).
   """
-  return forward(x, kernel)[0]
+  return forward(x, kernel, form)[0]
 
 
-def forward(x, kernel):
+def forward(x, kernel, form: Form = PLAIN):
   """The convolution, and what its gradients need: `fwd` of `jax.custom_vjp`."""
-  data = _transform_data(x)
-  products = jnp.einsum('pqtc,pqcd->pqtd', data, _transform_kernel(kernel))
-  return _transform_output(products, x.shape), (data, kernel)
+  data = _transform_data(x, form)
+  products = jnp.einsum('pqtc,pqcd->pqtd', data, _transform_kernel(kernel, form))
+  tiles = x.shape[0], x.shape[1] // form.own, x.shape[2] // form.own
+  return _transform_output(products, tiles, form), (data, kernel)
 
 
-def backward(saved, gradient):
+def backward(saved, gradient, form: Form = PLAIN):
   """The gradients of x and of the kernel: `bwd` of `jax.custom_vjp`."""
   data, kernel = saved
-  products = _transpose_output(gradient)
+  products = _transpose_output(gradient, form)
   weights = jnp.einsum('pqtc,pqtd->pqcd', data, products)
-  data = jnp.einsum('pqtd,pqcd->pqtc', products, _transform_kernel(kernel))
-  shape = (*gradient.shape[:3], kernel.shape[2])
-  return _transpose_data(data, shape), jnp.tensordot(_both(_KERNEL.T), weights, 2)
+  data = jnp.einsum('pqtd,pqcd->pqtc', products, _transform_kernel(kernel, form))
+  tiles = gradient.shape[0], gradient.shape[1] // TILE, gradient.shape[2] // TILE
+  return _transpose_data(data, tiles, form), jnp.tensordot(_both(form.kernel.T), weights, 2)
 
 
-def _transform_kernel(kernel):
+def _transform_kernel(kernel, form: Form):
   """(3, 3, C, D) to (6, 6, C, D)."""
-  return jnp.tensordot(_both(_KERNEL), kernel, 2)
+  return jnp.tensordot(_both(form.kernel), kernel, 2)
 
 
-def _transform_data(x):
+def _transform_data(x, form: Form):
   """(B, h, w, C) to (6, 6, T, C)."""
   _, height, width, channels = x.shape
   x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-  last = height - TILE + 1, width - TILE + 1
+  last = height - form.own + 1, width - form.own + 1
   inputs = jnp.stack(
     [
-      jnp.stack([x[:, i : i + last[0] : TILE, j : j + last[1] : TILE] for j in range(_INPUTS)])
-      for i in range(_INPUTS)
+      jnp.stack(
+        [x[:, i : i + last[0] : form.own, j : j + last[1] : form.own] for j in range(form.inputs)]
+      )
+      for i in range(form.inputs)
     ]
   )
-  return jnp.tensordot(_both(_DATA), inputs.reshape(_INPUTS, _INPUTS, -1, channels), 2)
+  inputs = inputs.reshape(form.inputs, form.inputs, -1, channels)
+  return jnp.tensordot(_both(form.data), inputs, 2)
 
 
-def _transpose_data(data, shape):
+def _transpose_data(data, tiles, form: Form):
   """(6, 6, T, C) to (B, h, w, C): the transpose of `_transform_data`."""
-  batch, height, width, channels = shape
-  inputs = jnp.tensordot(_both(_DATA.T), data, 2)
-  inputs = inputs.reshape(_INPUTS, _INPUTS, batch, height // TILE, width // TILE, channels)
+  inputs = jnp.tensordot(_both(form.data.T), data, 2)
+  inputs = inputs.reshape(form.inputs, form.inputs, *tiles, -1)
   return _scatter(_scatter(inputs, 3, 1), 1, 0)
 
 
 def _scatter(inputs, axis: int, stacked: int):
-  """The six inputs of all tiles, `stacked`, back to places along an axis; shared ones are summed."""
-  before, *own, after = (jnp.take(inputs, i, stacked) for i in range(_INPUTS))
+  """The inputs of all tiles, `stacked`, back to places along an axis; shared ones are summed."""
+  before, *own, after = (jnp.take(inputs, i, stacked) for i in range(inputs.shape[stacked]))
   own[0] += _shift(after, axis, 1)
   own[-1] += _shift(before, axis, -1)
   x = jnp.stack(own, axis + 1)
@@ -119,17 +168,17 @@ def _shift(x, axis: int, by: int):
   return jax.lax.pad(x, jnp.zeros((), x.dtype), padding)
 
 
-def _transform_output(products, shape):
+def _transform_output(products, tiles, form: Form):
   """(6, 6, T, D) to (B, h, w, D)."""
-  batch, height, width = shape[:3]
-  tiles = jnp.tensordot(_both(_OUTPUT), products, 2)  # (4, 4, T, D)
-  tiles = tiles.reshape(TILE, TILE, batch, height // TILE, width // TILE, -1)
-  return tiles.transpose(2, 3, 0, 4, 1, 5).reshape(batch, height, width, -1)
+  batch, rows, columns = tiles
+  outputs = jnp.tensordot(_both(form.output), products, 2)  # (4, 4, T, D)
+  outputs = outputs.reshape(TILE, TILE, batch, rows, columns, -1)
+  return outputs.transpose(2, 3, 0, 4, 1, 5).reshape(batch, rows * TILE, columns * TILE, -1)
 
 
-def _transpose_output(gradient):
+def _transpose_output(gradient, form: Form):
   """(B, h, w, D) to (6, 6, T, D)."""
   batch, height, width, channels = gradient.shape
   tiles = gradient.reshape(batch, height // TILE, TILE, width // TILE, TILE, channels)
   tiles = tiles.transpose(2, 4, 0, 1, 3, 5).reshape(TILE, TILE, -1, channels)
-  return jnp.tensordot(_both(_OUTPUT.T), tiles, 2)
+  return jnp.tensordot(_both(form.output.T), tiles, 2)
