@@ -6,7 +6,8 @@ Draws the same faces, from the same noise and held-out conditions, with every sa
 steps. Where a sampler has no noise of its own, both come to the solution of one differential equation as
 the steps grow: RMSE (of 255) and LPIPS are distances to what DDIM draws in --most_steps, image by image.
 DDPM draws other faces each time, and has none. Adherence is that of `p2ldm.evaluate`, its ceiling that of
-real photographs; the distance to photographs is KD-VGG. Compilation is not counted, decoding is.
+real photographs; the distance to photographs is KD-VGG, whose subsets are of all samples where there are
+fewer than --kernel_subset_size. Compilation is not counted, decoding is.
 
 Prints a Markdown table; --out takes it as sampling_cost.md, with figures as JSON and plots.
 """
@@ -71,6 +72,8 @@ def measure(model) -> tuple[list[dict], dict]:
   from p2ldm.pipeline import Pipeline
 
   pipeline, protocol = Pipeline.from_pretrained(model), read_protocol(FLAGS)
+  subset = min(protocol.kernel_subset_size, protocol.num_samples)
+  protocol = dataclasses.replace(protocol, frechet=False, kernel_subset_size=subset)
   dataset = subjects.open_data(FLAGS.data, pipeline.config, model)
   instruments = load_instruments(
     evaluators=FLAGS.evaluators,
