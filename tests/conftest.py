@@ -8,6 +8,10 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ['XLA_FLAGS'] = (
   os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
 )
+# Tests, and the commands that they start, spend their time compiling: less optimized, and once for a run that
+# is started again.
+os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = 'true'
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.3'
 
 import jax
 import pytest
@@ -19,10 +23,10 @@ from p2ldm.prepare import prepare
 
 @pytest.fixture(scope='session', autouse=True)
 def compilation_cache(tmp_path_factory):
-  """Tests spend their time compiling: less optimized, and once for a run that is started again."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  jax.config.update('jax_compilation_cache_dir', str(tmp_path_factory.getbasetemp().parent / 'xla'))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
+  """Of all workers, and of the commands that they start."""
+  path = str(tmp_path_factory.getbasetemp().parent / 'xla')
+  jax.config.update('jax_compilation_cache_dir', path)
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = path
 
 
 @pytest.fixture(scope='session')

@@ -65,7 +65,7 @@ def test_it_draws_the_same_faces_where_there_is_jax_alone(parts, expected, tmp_p
   for name in REQUIRED:
     (alone / name).symlink_to(pathlib.Path(np.__file__).parents[1] / name)
   # Optimized as in this process (conftest.py), or the compiler would round otherwise.
-  environment = {**os.environ, 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1', 'PYTHONPATH': str(alone)}
+  environment = {**os.environ, 'PYTHONPATH': str(alone)}
   command = [sys.executable, '-S', '-c', ALONE, tmp_path / 'sampler', tmp_path / 'faces.npy']
   subprocess.run(command, check=True, env=environment, cwd=tmp_path)
   np.testing.assert_array_equal(np.load(tmp_path / 'faces.npy'), expected)
