@@ -44,9 +44,9 @@ def test_winograd_is_the_convolution_and_its_gradients(size, channels, form):
 
 
 @pytest.mark.parametrize(
-  ('form', 'most'), [(winograd.PLAIN, 2e-6), (winograd.DOUBLED, 6e-7)], ids=['plain', 'doubled']
+  ('form', 'most'), [(winograd.PLAIN, 2e-6), (winograd.DOUBLED, 3e-7)], ids=['plain', 'doubled']
 )
-def test_rounding_is_a_few_times_that_of_the_plain_sum(form, most):
+def test_rounding_is_at_most_a_few_times_that_of_the_plain_sum(form, most):
   x, kernel = arrays((4, 16, 16, 64), (3, 3, 64, 16))
   if form is winograd.DOUBLED:
     x = x[:, ::2, ::2]
@@ -57,7 +57,6 @@ def test_rounding_is_a_few_times_that_of_the_plain_sum(form, most):
     for j in range(3):
       exact += padded[:, i : i + 16, j : j + 16] @ np.float64(kernel[i, j])
   error = np.sqrt(np.mean((winograd.conv(x, kernel, form) - exact) ** 2)) / exact.std()
-  print(error)
   assert error < most
 
 
@@ -148,13 +147,24 @@ def test_a_layer_that_doubles_is_a_layer_behind_doubling(fields, shape, form, mo
   assert bool(calls) == (form == 'winograd')
 
 
-@pytest.mark.parametrize('channels', [4, 6])
-def test_a_program_for_other_platforms_has_xlas(channels):
-  layer = nn.Conv(16, (3, 3), padding=1, conv_general_dilated=convolution.conv)
-  (x,) = arrays((4, 8, 8, channels))
+@pytest.mark.parametrize(
+  ('form', 'shape'),
+  [
+    (convolution.conv, '4, 8, 8, 4'),
+    (convolution.conv, '4, 8, 8, 6'),
+    (convolution.conv, 'b, 8, 8, 6'),
+    (convolution.conv_doubled, '4, 8, 8, 6'),
+    (convolution.conv_doubled, 'b, 8, 8, 6'),
+  ],
+)
+def test_a_program_for_other_platforms_has_xlas(form, shape):
+  layer = nn.Conv(16, (3, 3), padding=1, conv_general_dilated=form)
+  shape = jax.export.symbolic_shape(shape)
+  (x,) = arrays((4, *shape[1:]))
   params = layer.init(jax.random.key(0), x)
   of = functools.partial(jax.export.export, jax.jit(layer.apply))
-  text = {name: of(platforms=[name])(params, x).mlir_module() for name in ('cpu', 'tpu')}
+  shapes = params, jax.ShapeDtypeStruct(shape, jnp.float32)
+  text = {name: of(platforms=[name])(*shapes).mlir_module() for name in ('cpu', 'tpu')}
   assert 'stablehlo.convolution' in text['tpu'] and 'stablehlo.convolution' not in text['cpu']
-  both = of(platforms=['cpu', 'tpu'])(params, x)
-  np.testing.assert_array_equal(both.call(params, x), jax.jit(layer.apply)(params, x))
+  both = of(platforms=['cpu', 'tpu'])(*shapes)
+  np.testing.assert_allclose(both.call(params, x), layer.apply(params, x), rtol=0, atol=1e-5)

@@ -22,13 +22,6 @@ REQUEST = {'attributes': 'Smiling,-Eyeglasses', 'mask': MASK, 'steps': 3}
 ROUNDING = {'rtol': 0, 'atol': 2e-3}
 
 
-@pytest.fixture(scope='module', autouse=True)
-def _compile_quickly():
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 @pytest.fixture(scope='module')
 def parts():
   return tiny_model.make_parts()

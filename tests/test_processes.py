@@ -16,6 +16,9 @@ from benchmarks import workdirs
 from p2ldm import interruptions
 
 TESTS = pathlib.Path(__file__).parent
+# Of what they start. They are killed, and their disks are full: not with the cache that all tests share.
+ENVIRONMENT = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
+ENVIRONMENT.pop('JAX_COMPILATION_CACHE_DIR', None)
 STEPS = 8
 
 
@@ -27,7 +30,7 @@ def start(workdir, process_id, count, devices, port, pause=0.0, steps=STEPS, lim
     command = ['bash', '-c', f'ulimit -f {limit_kib}; exec "$@"', 'limited', *command]
   return subprocess.Popen(
     list(map(str, command)),
-    env={**os.environ, 'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': path},
+    env={**ENVIRONMENT, 'XLA_FLAGS': flags, 'PYTHONPATH': path},
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,
@@ -178,7 +181,7 @@ def test_all_devices_meet_before_the_first_program(tmp_path):
     free.bind(('localhost', 0))
     address = f'localhost:{free.getsockname()[1]}'
   flags = '--xla_force_host_platform_device_count=2'
-  environment = {**os.environ, 'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}
+  environment = {**ENVIRONMENT, 'XLA_FLAGS': flags}
   both = [
     subprocess.Popen(
       [sys.executable, '-c', code, address, str(i)], stdout=subprocess.PIPE,

@@ -2,7 +2,6 @@ import pathlib
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 import tiny_model
@@ -23,19 +22,10 @@ class Blocker(importlib.abc.MetaPathFinder):
       raise ImportError(f'{name} is not installed')
 
 sys.meta_path.insert(0, Blocker())
-import jax
-jax.config.update('jax_disable_most_optimizations', True)
 sys.argv = ['sample', *sys.argv[1:]]
 runpy.run_module('p2ldm.sample', run_name='__main__', alter_sys=True)
 """
 MASK = np.array([[0, 1], [2, 255]], np.uint8).repeat(8, 0).repeat(8, 1)
-
-
-@pytest.fixture(scope='module', autouse=True)
-def _compile_quickly():
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
 
 
 @pytest.fixture(scope='module')

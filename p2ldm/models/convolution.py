@@ -3,7 +3,7 @@
 In float32 and at stride 1 that is Winograd's, where there are channels and tiles enough to pay for the
 transforms, and of images and latents, whose channels are few, one product of their patches. On accelerators
 it is XLA's: their matrix units round too much for Winograd's. A program that is exported for several
-platforms has both. Behind a doubling, Winograd's takes the map as it is.
+platforms has both. Behind a doubling (`conv_doubled`), Winograd's takes the small map, whatever its channels.
 """
 
 import functools
@@ -25,7 +25,10 @@ def conv(x, kernel, strides, padding, **options):
 
 
 def conv_doubled(x, kernel, strides, padding, **options):
-  """As `conv`, of x doubled by nearest neighbour: (B, h, w, C) -> (B, 2h, 2w, D)."""
+  """As `conv`, of x that is doubled by nearest neighbour before it is padded.
+
+  (B, h, w, C) and (3, 3, C, D) of one float dtype -> (B, 2h, 2w, D) of it, where padding keeps the size.
+  """
   return _conv(x, kernel, strides, padding, options, doubled=True)
 
 

@@ -34,7 +34,7 @@ class Form(NamedTuple):
   Attributes:
     output: A^T, (4, 6).
     kernel: G, (6, 3).
-    data: B^T, (6, inputs that a tile depends on); those of neighbours overlap by two.
+    data: B^T, (6, inputs that a tile depends on); neighbouring tiles share two.
   """
 
   output: np.ndarray
@@ -106,7 +106,7 @@ def conv(x, kernel, form: Form = PLAIN):
 
 
 def forward(x, kernel, form: Form = PLAIN):
-  """The convolution, and what its gradients need: `fwd` of `jax.custom_vjp`."""
+  """`conv`, and what its gradients need, data (6, 6, T, C) and kernel: `fwd` of `jax.custom_vjp`."""
   data = _transform_data(x, form)
   products = jnp.einsum('pqtc,pqcd->pqtd', data, _transform_kernel(kernel, form))
   tiles = x.shape[0], x.shape[1] // form.own, x.shape[2] // form.own
@@ -114,7 +114,7 @@ def forward(x, kernel, form: Form = PLAIN):
 
 
 def backward(saved, gradient, form: Form = PLAIN):
-  """The gradients of x and of the kernel: `bwd` of `jax.custom_vjp`."""
+  """The gradients of x and of the kernel, by that of the result: `bwd` of `jax.custom_vjp`."""
   data, kernel = saved
   products = _transpose_output(gradient, form)
   weights = jnp.einsum('pqtc,pqtd->pqcd', data, products)
@@ -169,7 +169,7 @@ def _shift(x, axis: int, by: int):
 
 
 def _transform_output(products, tiles, form: Form):
-  """(6, 6, T, D) to (B, h, w, D)."""
+  """(6, 6, T, D) to (B, 4 rows, 4 columns, D), of (B, rows, columns) tiles."""
   batch, rows, columns = tiles
   outputs = jnp.tensordot(_both(form.output), products, 2)  # (4, 4, T, D)
   outputs = outputs.reshape(TILE, TILE, batch, rows, columns, -1)
