@@ -79,8 +79,7 @@ class Upsample(nn.Module):
   @nn.compact
   def __call__(self, x):
     """(B, h, w, C) to (B, 2h, 2w, channels)."""
-    fields = {'dtype': self.dtype, 'conv_general_dilated': conv_doubled}
-    return Conv(self.channels, **fields, name='conv')(x)
+    return Conv(self.channels, dtype=self.dtype, conv_general_dilated=conv_doubled, name='conv')(x)
 
 
 class Block(nn.Module):
