@@ -10,12 +10,12 @@ float32 is six times that of the plain sum in the root mean square, 1.3e-6 of th
 (0, +-1, +-2, as usual, are twice as bad). The transforms are matrix products, too. The gradients are taken
 in the transformed domain: they are the transposes of the same four steps.
 
-Transformed arrays are (6, 6, T, channels): the points of rows and of columns, then all tiles of a batch.
+Transformed arrays are (P, P, T, channels): the products of rows and of columns, 6 each, then all tiles of a
+batch.
 
-Of a map that is doubled by nearest neighbour first, 4 x 4 outputs depend on 4 x 4 inputs. Every other output
-along an axis is a filter of two taps, (k0, k1 + k2) or (k0 + k1, k2), and two of its outputs take three
-products, F(2, 2). So there are 36 again, but the doubled map is never made, and as all coefficients are 0 or
-+-1, rounding is that of the plain sum.
+Of a map that is doubled by nearest neighbour first, 4 x 4 outputs depend on 4 x 4 inputs, and five products
+an axis will do: 25 in all. The doubled map is never made, and as all coefficients are 0, +-1 and +-1/2,
+rounding is that of the plain sum.
 """
 
 from typing import NamedTuple
@@ -25,16 +25,15 @@ import jax.numpy as jnp
 import numpy as np
 
 TILE = 4  # outputs along an axis
-_POINTS = 6  # products for them
 
 
 class Form(NamedTuple):
-  """The matrices of one axis, float64.
+  """The matrices of one axis, float64, with P products.
 
   Attributes:
-    output: A^T, (4, 6).
-    kernel: G, (6, 3).
-    data: B^T, (6, inputs that a tile depends on); neighbouring tiles share two.
+    output: A^T, (4, P).
+    kernel: G, (P, 3).
+    data: B^T, (P, inputs that a tile depends on); neighbouring tiles share two.
   """
 
   output: np.ndarray
@@ -56,8 +55,7 @@ def _plain() -> Form:
   """Of the plain convolution, by Lagrange's interpolation (Toom and Cook)."""
   root = 2.0**0.5
   points = np.array([0.0, 1 / root, -1 / root, root, -root])
-  output, kernel = np.zeros((TILE, _POINTS)), np.zeros((_POINTS, 3))
-  data = np.zeros((_POINTS, TILE + 2))
+  output, kernel, data = np.zeros((TILE, 6)), np.zeros((6, 3)), np.zeros((6, 6))
   for i, point in enumerate(points):
     others = np.delete(points, i)
     output[:, i] = point ** np.arange(TILE)
@@ -70,16 +68,18 @@ def _plain() -> Form:
 
 
 def _doubled() -> Form:
-  """Of a convolution behind doubling: x0 g0 + x1 g1 = (x0 - x1) g0 + x1 (g0 + g1), and so on.
+  """Of a convolution behind doubling, whose outputs of the inputs x0 to x3 are
 
-  Even outputs are filters of a tile's first three inputs, odd ones of its last three.
+      x0 k0 + x1 (k1 + k2), x1 (k0 + k1) + x2 k2, x1 k0 + x2 (k1 + k2) and x2 (k0 + k1) + x3 k2.
+
+  With m and h, half of the sum and of the difference of x1 and x2, all are m (k0 + k1 + k2) and sums of
+  h k1, h (k0 - k2), (x0 - x2) k0 and (x1 - x3) k2.
   """
-  even = np.array([[1, -1, 0, 0], [0, 1, 0, 0], [0, 1, -1, 0]])
-  data = np.concatenate([even, np.roll(even, 1, 1)])
-  kernel = np.array([[1, 0, 0], [1, 1, 1], [0, 1, 1], [1, 1, 0], [1, 1, 1], [0, 0, 1]])
-  pair = np.array([[1, 1, 0], [0, 1, -1]])
-  output = np.zeros((TILE, _POINTS))
-  output[0::2, :3] = output[1::2, 3:] = pair
+  data = np.array(
+    [[0, 0.5, 0.5, 0], [0, 0.5, -0.5, 0], [0, 0.5, -0.5, 0], [1, 0, -1, 0], [0, 1, 0, -1]]
+  )
+  kernel = np.array([[1, 1, 1], [0, 1, 0], [1, 0, -1], [1, 0, 0], [0, 0, 1]])
+  output = np.array([[1, 1, -1, 1, 0], [1, 1, 1, 0, 0], [1, -1, 1, 0, 0], [1, -1, -1, 0, -1]])
   return Form(output, kernel, data)
 
 
@@ -106,7 +106,7 @@ def conv(x, kernel, form: Form = PLAIN):
 
 
 def forward(x, kernel, form: Form = PLAIN):
-  """`conv`, and what its gradients need, data (6, 6, T, C) and kernel: `fwd` of `jax.custom_vjp`."""
+  """`conv`, and what its gradients need, data (P, P, T, C) and kernel: `fwd` of `jax.custom_vjp`."""
   data = _transform_data(x, form)
   products = jnp.einsum('pqtc,pqcd->pqtd', data, _transform_kernel(kernel, form))
   tiles = x.shape[0], x.shape[1] // form.own, x.shape[2] // form.own
@@ -124,12 +124,12 @@ def backward(saved, gradient, form: Form = PLAIN):
 
 
 def _transform_kernel(kernel, form: Form):
-  """(3, 3, C, D) to (6, 6, C, D)."""
+  """(3, 3, C, D) to (P, P, C, D)."""
   return jnp.tensordot(_both(form.kernel), kernel, 2)
 
 
 def _transform_data(x, form: Form):
-  """(B, h, w, C) to (6, 6, T, C)."""
+  """(B, h, w, C) to (P, P, T, C)."""
   _, height, width, channels = x.shape
   x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
   last = height - form.own + 1, width - form.own + 1
@@ -146,7 +146,7 @@ def _transform_data(x, form: Form):
 
 
 def _transpose_data(data, tiles, form: Form):
-  """(6, 6, T, C) to (B, h, w, C): the transpose of `_transform_data`."""
+  """(P, P, T, C) to (B, h, w, C): the transpose of `_transform_data`."""
   inputs = jnp.tensordot(_both(form.data.T), data, 2)
   inputs = inputs.reshape(form.inputs, form.inputs, *tiles, -1)
   return _scatter(_scatter(inputs, 3, 1), 1, 0)
@@ -169,7 +169,7 @@ def _shift(x, axis: int, by: int):
 
 
 def _transform_output(products, tiles, form: Form):
-  """(6, 6, T, D) to (B, 4 rows, 4 columns, D), of (B, rows, columns) tiles."""
+  """(P, P, T, D) to (B, 4 rows, 4 columns, D), of (B, rows, columns) tiles."""
   batch, rows, columns = tiles
   outputs = jnp.tensordot(_both(form.output), products, 2)  # (4, 4, T, D)
   outputs = outputs.reshape(TILE, TILE, batch, rows, columns, -1)
@@ -177,7 +177,7 @@ def _transform_output(products, tiles, form: Form):
 
 
 def _transpose_output(gradient, form: Form):
-  """(B, h, w, D) to (6, 6, T, D)."""
+  """(B, h, w, D) to (P, P, T, D)."""
   batch, height, width, channels = gradient.shape
   tiles = gradient.reshape(batch, height // TILE, TILE, width // TILE, TILE, channels)
   tiles = tiles.transpose(2, 4, 0, 1, 3, 5).reshape(TILE, TILE, -1, channels)
