@@ -1,5 +1,8 @@
 """One step of any task: micro-batches give the batch's gradient, a bad step leaves the state alone."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +12,7 @@ from toy_task import BATCH, make_batch, make_task
 from p2ldm import sharding
 from p2ldm.errors import UserError
 from p2ldm.training.state import TrainState
-from p2ldm.training.step import make_step
+from p2ldm.training.step import compiler_options, create_state, jit_step, make_step
 from p2ldm.training.task import Task
 
 
@@ -78,6 +81,55 @@ def test_in_stop_mode_nothing_after_a_bad_step_moves_the_state():
   for state, metrics in history[1:]:
     np.testing.assert_array_equal(state.params['net']['w'], good)
     assert metrics['skipped'] == 1
+
+
+@pytest.mark.parametrize('devices', [1, 8])
+def test_laid_out_and_in_two_programs_it_does_the_same(devices):
+  mesh = sharding.make_mesh(1, devices, jax.devices()[:devices])
+  task, key = make_task(mesh, on_non_finite='skip', gradient_clip=0.1), jax.random.key(1)
+  create = functools.partial(create_state, task)
+  shardings = sharding.state_shardings(jax.eval_shape(create, key), mesh)
+  one, two = (jax.jit(create, out_shardings=shardings)(key) for _ in range(2))
+  pure, step = jax.jit(make_step(task, mesh)), jit_step(task, mesh, shardings)
+  for batch in (make_batch(0), make_batch(1, np.nan), make_batch(2)):
+    rows, before = sharding.put_batch(batch, mesh), two
+    one, of_one = pure(one, rows, key, None)
+    two, of_two = step(two, rows, key, None)
+    assert all(x.is_deleted() for x in jax.tree.leaves(before))
+    assert set(of_one) == set(of_two)
+    pairs = zip(jax.tree.leaves((one, of_one)), jax.tree.leaves((two, of_two)), strict=True)
+    for x, y in pairs:
+      np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7)
+  assert two.params['net']['w'].sharding.is_equivalent_to(shardings.params['net']['w'], 2)
+  assert (int(two.step), int(two.skipped)) == (3, 1)
+
+
+def test_costs_and_memory_are_those_of_one_program():
+  mesh = one_mesh()
+  task, key = make_task(mesh), jax.random.key(0)
+  state = create_state(task, key)
+  arguments = (state, make_batch(0), key, None)
+  one = jax.jit(make_step(task, mesh), donate_argnums=0).lower(*arguments)
+  two = jit_step(task, mesh, sharding.state_shardings(state, mesh)).lower(*arguments)
+  assert two.cost_analysis()['flops'] == pytest.approx(one.cost_analysis()['flops'], rel=0.01)
+  one, two = one.compile().memory_analysis(), two.compile().memory_analysis()
+  assert two.argument_size_in_bytes == one.argument_size_in_bytes
+  assert two.temp_size_in_bytes == pytest.approx(one.temp_size_in_bytes, rel=0.3)
+
+
+def test_a_task_s_level_of_optimization_goes_to_the_compiler_unless_jax_was_told_otherwise():
+  mesh = one_mesh()
+  task = dataclasses.replace(make_task(mesh), cpu_optimization_level=1)
+  assert compiler_options(task, mesh) is None  # conftest.py has few optimizations
+  jax.config.update('jax_disable_most_optimizations', False)
+  try:
+    assert compiler_options(task, mesh) == {'xla_backend_optimization_level': 1}
+    assert compiler_options(make_task(mesh), mesh) is None
+    state = jax.jit(functools.partial(create_state, task))(jax.random.key(0))
+    step = jit_step(task, mesh, sharding.state_shardings(state, mesh))
+    step(state, make_batch(0), jax.random.key(0), None)  # XLA knows the option
+  finally:
+    jax.config.update('jax_disable_most_optimizations', True)
 
 
 @pytest.mark.parametrize(

@@ -49,10 +49,8 @@ class Plan(NamedTuple):
 def use_virtual_devices(count: int):
   """Gives JAX that many CPU devices, and its compiler little to optimize; before JAX is used."""
   flags = os.environ.get('XLA_FLAGS', '')
-  os.environ['XLA_FLAGS'] = (
-    f'{flags} --xla_force_host_platform_device_count={count} --xla_backend_optimization_level=0 '
-    '--xla_llvm_disable_expensive_passes=true'
-  )
+  os.environ['XLA_FLAGS'] = f'{flags} --xla_force_host_platform_device_count={count}'
+  os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = 'true'
   os.environ['JAX_PLATFORMS'] = 'cpu'
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # XLA warns of how long it compiles
 
