@@ -9,7 +9,7 @@ from configs import multi
 from p2ldm import sharding
 from p2ldm.training import plan
 from p2ldm.training.state import TrainState
-from p2ldm.training.step import make_step
+from p2ldm.training.step import jit_step
 
 
 def state_of(config, fsdp):
@@ -36,15 +36,15 @@ def test_the_paper_s_state_shrinks_with_fsdp():
   assert batch['mask'].shape == (48, 256, 256)
 
 
-@pytest.mark.parametrize('fsdp', [1, 8])
-def test_the_plan_is_what_the_compiler_says_of_the_real_step(fsdp):
+@pytest.mark.parametrize(('devices', 'fsdp'), [(1, 1), (8, 1), (8, 8)])
+def test_the_plan_is_what_the_compiler_says_of_the_real_step(devices, fsdp):
   config = make_config(1)
   config.mesh.fsdp = fsdp
   config.compute_dtype = 'float32'
-  found = plan.make_plan(config, 8)
-  assert found.mesh == {'data': 8 // fsdp, 'fsdp': fsdp}
+  found = plan.make_plan(config, devices)
+  assert found.mesh == {'data': devices // fsdp, 'fsdp': fsdp}
   # The real thing: arrays in memory, and a step that runs on them.
-  mesh = sharding.make_mesh(-1, fsdp)
+  mesh = sharding.make_mesh(-1, fsdp, jax.devices()[:devices])
   task, _, batch = plan.describe(config, mesh, 'float32')
   shapes = jax.eval_shape(
     lambda key: TrainState.create(task.init(key), task.optimizer, task.averaged), jax.random.key(0)
@@ -63,21 +63,18 @@ def test_the_plan_is_what_the_compiler_says_of_the_real_step(fsdp):
   )
   assert found.state_bytes == held
   rows = {name: np.zeros(x.shape, x.dtype) for name, x in batch.items()}
-  step = jax.jit(
-    make_step(task, mesh), donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh))
-  )
   arguments = (state, sharding.put_batch(rows, mesh), jax.random.key(0), None)
   # Compiled as a run compiles it, where the plan asks for few optimizations (as conftest.py does).
   jax.config.update('jax_disable_most_optimizations', False)
   try:
-    memory = step.lower(*arguments).compile().memory_analysis()
+    memory = jit_step(task, mesh, shardings).lower(*arguments).compile().memory_analysis()
   finally:
     jax.config.update('jax_disable_most_optimizations', True)
   real = memory.argument_size_in_bytes + memory.temp_size_in_bytes
   assert found.bytes == pytest.approx(real, rel=0.1)
   assert found.flops > 0
   said = plan.text(found)
-  assert f'devices                8 (data = {8 // fsdp}, fsdp = {fsdp})' in said
+  assert f'devices                {devices} (data = {devices // fsdp}, fsdp = {fsdp})' in said
 
 
 def test_micro_batches_and_rematerialization_are_in_the_plan():

@@ -12,7 +12,7 @@ from toy_task import BATCH, make_batch, make_task
 from p2ldm import sharding
 from p2ldm.errors import UserError
 from p2ldm.training.state import TrainState
-from p2ldm.training.step import compiler_options, create_state, jit_step, make_step
+from p2ldm.training.step import Step, compiler_options, create_state, jit_step, make_step
 from p2ldm.training.task import Task
 
 
@@ -86,15 +86,24 @@ def test_in_stop_mode_nothing_after_a_bad_step_moves_the_state():
 @pytest.mark.parametrize('devices', [1, 8])
 def test_laid_out_and_in_two_programs_it_does_the_same(devices):
   mesh = sharding.make_mesh(1, devices, jax.devices()[:devices])
-  task, key = make_task(mesh, on_non_finite='skip', gradient_clip=0.1), jax.random.key(1)
+  task, key = make_task(mesh, on_non_finite='skip'), jax.random.key(1)
+  plain = task.gradients
+
+  def gradients(state, rows, key, frozen):
+    return plain(state, {**rows, 'y': rows['y'] + frozen}, key, frozen)
+
+  optimizer = dataclasses.replace(task.optimizer, clip=0.1)
+  task = dataclasses.replace(task, optimizer=optimizer, gradients=gradients)
+  frozen = jax.device_put(np.arange(64, dtype=np.float32), sharding.replicated(mesh))
   create = functools.partial(create_state, task)
   shardings = sharding.state_shardings(jax.eval_shape(create, key), mesh)
   one, two = (jax.jit(create, out_shardings=shardings)(key) for _ in range(2))
   pure, step = jax.jit(make_step(task, mesh)), jit_step(task, mesh, shardings)
+  assert isinstance(step, Step) == (devices == 1)
   for batch in (make_batch(0), make_batch(1, np.nan), make_batch(2)):
     rows, before = sharding.put_batch(batch, mesh), two
-    one, of_one = pure(one, rows, key, None)
-    two, of_two = step(two, rows, key, None)
+    one, of_one = pure(one, rows, key, frozen)
+    two, of_two = step(two, rows, key, frozen)
     assert all(x.is_deleted() for x in jax.tree.leaves(before))
     assert set(of_one) == set(of_two)
     pairs = zip(jax.tree.leaves((one, of_one)), jax.tree.leaves((two, of_two)), strict=True)
@@ -117,7 +126,7 @@ def test_costs_and_memory_are_those_of_one_program():
   assert two.temp_size_in_bytes == pytest.approx(one.temp_size_in_bytes, rel=0.3)
 
 
-def test_a_task_s_level_of_optimization_goes_to_the_compiler_unless_jax_was_told_otherwise():
+def test_a_task_s_level_of_optimization_goes_to_the_compiler_unless_told_otherwise(monkeypatch):
   mesh = one_mesh()
   task = dataclasses.replace(make_task(mesh), cpu_optimization_level=1)
   assert compiler_options(task, mesh) is None  # conftest.py has few optimizations
@@ -128,6 +137,12 @@ def test_a_task_s_level_of_optimization_goes_to_the_compiler_unless_jax_was_told
     state = jax.jit(functools.partial(create_state, task))(jax.random.key(0))
     step = jit_step(task, mesh, sharding.state_shardings(state, mesh))
     step(state, make_batch(0), jax.random.key(0), None)  # XLA knows the option
+    odd = dataclasses.replace(task, cpu_optimization_level='most')
+    step = jit_step(odd, mesh, sharding.state_shardings(state, mesh))
+    with pytest.raises(jax.errors.JaxRuntimeError, match='most'):  # and is given it
+      step.lower(state, make_batch(0), jax.random.key(0), None).compile()
+    monkeypatch.setenv('XLA_FLAGS', '--xla_backend_optimization_level=2')
+    assert compiler_options(task, mesh) is None
   finally:
     jax.config.update('jax_disable_most_optimizations', True)
 

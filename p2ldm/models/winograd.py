@@ -15,7 +15,7 @@ batch.
 
 Of a map that is doubled by nearest neighbour first, 4 x 4 outputs depend on 4 x 4 inputs, and five products
 an axis will do: 25 in all. The doubled map is never made, and as all coefficients are 0, +-1 and +-1/2,
-rounding is that of the plain sum.
+rounding is nearly that of the plain sum (1.6e-7 in the root mean square, for 1.3e-7).
 """
 
 from typing import NamedTuple

@@ -23,7 +23,7 @@ class Plan(NamedTuple):
     batch_size: global.
     dtype: of the computation.
     state_bytes: parameters, their EMA and the optimizer's state.
-    argument_bytes: the same and the batch, as the compiler counts.
+    argument_bytes: the same, the batch and the key.
     temporary_bytes: activations, gradients and what else a step needs.
     flops: of one step, all devices together.
     seconds: that lowering and compiling took.
@@ -47,7 +47,7 @@ class Plan(NamedTuple):
 
 
 def use_virtual_devices(count: int):
-  """Gives JAX that many CPU devices, and its compiler little to optimize; before JAX is used."""
+  """Gives JAX that many CPU devices, and its compiler little to optimize; before JAX is imported."""
   flags = os.environ.get('XLA_FLAGS', '')
   os.environ['XLA_FLAGS'] = f'{flags} --xla_force_host_platform_device_count={count}'
   os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = 'true'

@@ -4,13 +4,15 @@ A step whose loss or gradient is not finite makes no update: the state stays the
 
 On one device, gradients and update are two programs (`Step`). What they hand over, the gradients, has to be
 whole in any case before the update begins, since clipping needs their norm. Compiled side by side they take
-nine tenths of the time, and loaded from the cache a third to a half (docs/performance.md). Over several
-devices they are one, in which XLA need not hold all gradients of a device's own rows at once.
+0.8 of the time, and loaded from the cache a quarter (docs/performance.md). Over several devices they are one
+program: as two they need half again the temporaries (a small U-Net, eight CPU devices, fsdp = 8: 4.65 MB
+for 3.0), as XLA then sums all gradients over the devices at once.
 """
 
 import concurrent.futures
 import functools
 import math
+import os
 from typing import NamedTuple
 
 import jax
@@ -24,6 +26,7 @@ from p2ldm.training.state import TrainState
 from p2ldm.training.task import Task
 
 NON_FINITE = ('stop', 'skip')
+_LEVEL = 'xla_backend_optimization_level'
 
 
 def make_step(task: Task, mesh: jax.sharding.Mesh):
@@ -60,9 +63,8 @@ def _update(state: TrainState, grads: dict, metrics: dict, task: Task) -> tuple[
   training = task.training
   norm = optax.tree.norm(grads)
   good = jnp.isfinite(metrics['loss']) & jnp.isfinite(norm)
-  if (
-    training.on_non_finite == 'stop'
-  ):  # nothing after a bad step moves the state that is to be saved
+  if training.on_non_finite == 'stop':
+    # Nothing after a bad step moves the state that is to be saved.
     good &= state.skipped == 0
   state = state.update(grads, task.optimizer, training.ema_decay, good)
   return state, {**metrics, 'gradient_norm': norm, 'skipped': 1.0 - good}
@@ -82,37 +84,35 @@ def jit_step(task: Task, mesh: jax.sharding.Mesh, shardings):
     shardings: of the state, from `sharding.state_shardings`.
 
   Returns:
-    A function of `jax.jit`; on one device a `Step`, which is used alike.
+    A function of `jax.jit`; on one device a `Step`, which is called and lowered alike, but for the shapes
+    and dtypes of its first call alone.
 
   Raises:
     UserError: as `make_step`.
   """
-  step = make_step(task, mesh)
+  check(task.training, mesh, task.name)
   jit = functools.partial(jax.jit, compiler_options=compiler_options(task, mesh))
   replicated = sharding.replicated(mesh)
   arguments = (shardings, sharding.over_batch(mesh), replicated, replicated)
   results = (shardings, replicated)
   if mesh.size > 1:
-    return jit(step, in_shardings=arguments, out_shardings=results, donate_argnums=0)
+    whole = make_step(task, mesh)
+    return jit(whole, in_shardings=arguments, out_shardings=results, donate_argnums=0)
   gradients = functools.partial(_gradients, task=task, mesh=mesh)
+  update = functools.partial(_update, task=task)
   handed = (shardings.params, replicated)
   return Step(
     jit(gradients, in_shardings=arguments, out_shardings=handed),
-    jit(
-      functools.partial(_update, task=task),
-      in_shardings=(shardings, *handed),
-      out_shardings=results,
-      donate_argnums=0,
-    ),
+    jit(update, in_shardings=(shardings, *handed), out_shardings=results, donate_argnums=0),
   )
 
 
 def compiler_options(task: Task, mesh: jax.sharding.Mesh) -> dict | None:
-  """What the task wants of the compiler, unless JAX was told to optimize little."""
+  """What the task wants of the compiler, unless JAX or XLA was told how much to optimize."""
   level, platform = task.cpu_optimization_level, mesh.devices.flat[0].platform
-  if level is None or platform != 'cpu' or jax.config.read('jax_disable_most_optimizations'):
-    return None
-  return {'xla_backend_optimization_level': level}
+  flags = os.environ.get('XLA_FLAGS', '')
+  told = jax.config.read('jax_disable_most_optimizations') or _LEVEL in flags
+  return None if level is None or platform != 'cpu' or told else {_LEVEL: level}
 
 
 class Step:
@@ -146,7 +146,7 @@ class LoweredStep(NamedTuple):
       return CompiledStep(*threads.map(lambda program: program.compile(), self))
 
   def cost_analysis(self) -> dict[str, float]:
-    """The sum of both, as of `jax.stages.Lowered`."""
+    """Operations and bytes of both together, as of `jax.stages.Lowered`."""
     return _costs(self)
 
 
@@ -161,7 +161,7 @@ class CompiledStep(NamedTuple):
     return self.update(state, *self.gradients(state, batch, key, frozen))
 
   def cost_analysis(self) -> dict[str, float]:
-    """The sum of both, as of `jax.stages.Compiled`."""
+    """Operations and bytes of both together, as of `jax.stages.Compiled`."""
     return _costs(self)
 
   def memory_analysis(self) -> 'Memory':
@@ -175,7 +175,7 @@ class CompiledStep(NamedTuple):
 
 
 class Memory(NamedTuple):
-  """What a step needs: state, batch and key; gradients, and the temporaries of the larger program."""
+  """Bytes of a step: state, batch, key and frozen; gradients, and the temporaries of the larger program."""
 
   argument_size_in_bytes: int
   temp_size_in_bytes: int
@@ -183,7 +183,8 @@ class Memory(NamedTuple):
 
 def _costs(programs) -> dict[str, float]:
   gradients, update = (program.cost_analysis() for program in programs)
-  return {name: gradients.get(name, 0.0) + update.get(name, 0.0) for name in gradients | update}
+  names = {'flops', 'bytes accessed'} & gradients.keys() & update.keys()
+  return {name: gradients[name] + update[name] for name in names}
 
 
 def accumulate(gradients, steps: int, mesh, state, rows, key, frozen):
