@@ -1,7 +1,11 @@
 """Data sets that several test files share; all are made here, nothing is downloaded."""
 
+import contextlib
 import os
 import pathlib
+
+with contextlib.suppress(ImportError):
+  import triton  # noqa: F401  PyTorch's for CUDA; behind TensorFlow, which has an LLVM too, it aborts the process
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # Eight virtual devices, for the tests of sharding; everything else runs on the first.
