@@ -21,7 +21,8 @@ from p2ldm import sharding
 from p2ldm.data.latents import LatentCache
 from p2ldm.reports import plots
 from p2ldm.training import plan
-from p2ldm.training.step import create_state, jit_step
+from p2ldm.training.programs import jit_step
+from p2ldm.training.step import create_state
 
 FLAGS = flags.FLAGS
 DTYPES = ('float32', 'bfloat16')

@@ -24,7 +24,8 @@ from p2ldm import runtime, sharding
 from p2ldm.diffusion.loss import loss_weights
 from p2ldm.models.layers import resolve_dtype
 from p2ldm.training import plan, stages
-from p2ldm.training.step import create_state, jit_step
+from p2ldm.training.programs import jit_step
+from p2ldm.training.step import create_state
 
 FLAGS = flags.FLAGS
 

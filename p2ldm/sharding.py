@@ -5,11 +5,12 @@ import inspect
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from p2ldm import processes
+from p2ldm import cores, processes
 from p2ldm.errors import UserError
 
 MIN_SHARDED_SIZE = 2**14  # smaller arrays (biases, norms) are replicated: gathering them costs more
@@ -166,29 +167,54 @@ def gather(tree):
 
 
 class OverBatch:
-  """A jitted function; the devices share its rows where they divide them, each with a program of its own."""
+  """A jitted function whose rows are shared, each part having a program of its own.
+
+  Devices share them where they divide them; on a CPU that is one device, its cores do.
+  """
 
   def __init__(self, function: Callable, mesh, batched: int):
-    """Args: the last `batched` arguments and all results lead with the batch axis."""
-    self._whole, self._mesh = jax.jit(function), mesh
+    """Args: the last `batched` arguments and all results lead with the batch axis.
+
+    The form of the others is the same at every call.
+    """
+    self._whole, self._mesh, self._batched = jax.jit(function), mesh, batched
     rows = PartitionSpec(mesh.axis_names)
     fixed = len(inspect.signature(function).parameters) - batched
     specs = (PartitionSpec(),) * fixed + (rows,) * batched
     self._shared = jax.jit(
       jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
     )
+    self._of_part: dict[tuple, Callable] = {}  # compiled, by the form of the rows
 
   def parts(self, rows: int) -> int:
     """Into how many parts a batch of so many rows is split."""
+    if self._by_cores:
+      return cores.parts(rows)
     return self._mesh.size if rows % self._mesh.size == 0 else 1
 
   def __call__(self, *arguments):
     """Calls it."""
-    return self._chosen(arguments)(*arguments)
+    parts = self.parts(len(arguments[-1]))
+    if parts == 1 or not self._by_cores:
+      return self._chosen(arguments)(*arguments)
+    fixed, batch = arguments[: -self._batched], arguments[-self._batched :]
+    size = len(batch[-1]) // parts
+    calls = [[*fixed, *(x[i * size : (i + 1) * size] for x in batch)] for i in range(parts)]
+    form = tuple((x.shape, x.dtype) for x in calls[0][-self._batched :])
+    if form not in self._of_part:
+      self._of_part[form] = self._whole.lower(*calls[0]).compile()
+    program = self._of_part[form]
+    results = cores.side_by_side([functools.partial(program, *call) for call in calls])
+    return jax.tree.map(lambda *rows: jnp.concatenate(rows), *results)
 
   def eval_shape(self, *arguments):
     """The shapes of the results."""
     return self._chosen(arguments).eval_shape(*arguments)
 
+  @property
+  def _by_cores(self) -> bool:
+    return self._mesh.size == 1 and self._mesh.devices.flat[0].platform == 'cpu'
+
   def _chosen(self, arguments):
-    return self._shared if self.parts(len(arguments[-1])) > 1 else self._whole
+    shared = not self._by_cores and self.parts(len(arguments[-1])) > 1
+    return self._shared if shared else self._whole

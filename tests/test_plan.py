@@ -8,8 +8,8 @@ from test_training import make_config
 from configs import multi
 from p2ldm import sharding
 from p2ldm.training import plan
+from p2ldm.training.programs import jit_step
 from p2ldm.training.state import TrainState
-from p2ldm.training.step import jit_step
 
 
 def state_of(config, fsdp):

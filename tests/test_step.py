@@ -11,8 +11,9 @@ from toy_task import BATCH, make_batch, make_task
 
 from p2ldm import sharding
 from p2ldm.errors import UserError
+from p2ldm.training.programs import Step, compiler_options, jit_step
 from p2ldm.training.state import TrainState
-from p2ldm.training.step import Step, compiler_options, create_state, jit_step, make_step
+from p2ldm.training.step import create_state, make_step
 from p2ldm.training.task import Task
 
 

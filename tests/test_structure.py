@@ -11,9 +11,9 @@ from configs import base
 ROOT = pathlib.Path(p2ldm.__file__).parent
 MODULES = sorted(ROOT.rglob('*.py'))
 # Each may import what stands before it, and itself.
-ORDER = ('interruptions', 'errors', 'storage', 'processes', 'sharding', 'data', 'models', 'diffusion',
-         'interop', 'pictures', 'conditions', 'provenance', 'pipeline', 'evaluation', 'editing',
-         'synthesis', 'reports', 'training', 'web', 'commands')  # fmt: skip
+ORDER = ('interruptions', 'errors', 'storage', 'processes', 'cores', 'sharding', 'data', 'models',
+         'diffusion', 'interop', 'pictures', 'conditions', 'provenance', 'pipeline', 'evaluation',
+         'editing', 'synthesis', 'reports', 'training', 'web', 'commands')  # fmt: skip
 COMMANDS = (
   'main',
   'prepare',

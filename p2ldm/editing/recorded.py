@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 from PIL import Image
 
+from p2ldm import cores
 from p2ldm.data import image_files
 from p2ldm.editing.edits import Conditions, Edits, Settings, edit
 from p2ldm.errors import UserError
@@ -138,15 +139,16 @@ def redraw(pipeline: Pipeline, record: Mapping, path) -> Image.Image:
     if isinstance(error, UserError):
       raise
     raise UserError(f'The record is damaged: {error!r}.') from error
-  edits = edit(
-    pipeline,
-    image_files.resize_image(whole, pipeline.image_size)[None],
-    source,
-    target,
-    region[None],
-    settings,
-    first_image=image - row,
-  )
+  with cores.undivided():
+    edits = edit(
+      pipeline,
+      image_files.resize_image(whole, pipeline.image_size)[None],
+      source,
+      target,
+      region[None],
+      settings,
+      first_image=image - row,
+    )
   return Image.fromarray(edits.images[row])
 
 

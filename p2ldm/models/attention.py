@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from p2ldm.models.dot_product import attend
 from p2ldm.models.layers import NORM_GROUPS, Dtype, GroupNorm
 
 KeysValues = tuple[jax.Array, jax.Array]  # (B, N, H, D) each
@@ -44,7 +45,7 @@ class Attention(nn.Module):
 
   def __call__(self, x, keys_values: KeysValues):
     """Queries from x (B, M, C) over `keys_values`; returns (B, M, channels)."""
-    y = jax.nn.dot_product_attention(self._split(self.to_q(x)), *keys_values)
+    y = attend(self._split(self.to_q(x)), *keys_values)
     return self.to_out(y.reshape(*y.shape[:2], self.channels))
 
   def _split(self, x):
@@ -151,7 +152,7 @@ class AttentionBlock(nn.Module):
     )
     qkv = nn.Dense(3 * channels, dtype=self.dtype, name='qkv')(h)
     qkv = qkv.reshape(batch, height * width, -1, 3, self.head_channels)
-    h = jax.nn.dot_product_attention(qkv[..., 0, :], qkv[..., 1, :], qkv[..., 2, :])
+    h = attend(qkv[..., 0, :], qkv[..., 1, :], qkv[..., 2, :])
     h = nn.Dense(
       channels, dtype=self.dtype, kernel_init=nn.initializers.zeros_init(), name='proj_out'
     )(h.reshape(batch, height * width, channels))

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from p2ldm.errors import UserError
 from p2ldm.models.convolution import conv
+from p2ldm.models.dot_product import attend
 from p2ldm.models.layers import (
   NORM_GROUPS,
   Dtype,
@@ -268,7 +269,7 @@ class SelfAttention(nn.Module):
       _conv1x1(channels, self.dtype, name)(h).reshape(batch, height * width, 1, channels)
       for name in ('q', 'k', 'v')
     )
-    h = jax.nn.dot_product_attention(query, key, value)  # softmax in float32
+    h = attend(query, key, value)
     return x + _conv1x1(channels, self.dtype, 'proj_out')(h.reshape(x.shape))
 
 

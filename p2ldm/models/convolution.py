@@ -68,6 +68,9 @@ def _conv(x, kernel, strides, padding, options: dict, doubled: bool):
 def conv_patches(x, kernel):
   """The 3x3 convolution, stride 1, padded with zeros to the same size, as one matrix product.
 
+  Two neighbours along a row share a patch of 3 x 4 inputs where the width is even: that is a third more
+  operations, of zeros, but patches are gathered in longer pieces.
+
   Args:
     x: (B, h, w, C).
     kernel: (3, 3, C, D).
@@ -75,10 +78,15 @@ def conv_patches(x, kernel):
   Returns:
     (B, h, w, D).
   """
-  height, width = x.shape[1:3]
+  batch, height, width, channels = x.shape
+  own = 2 - width % 2  # outputs of a patch
   x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-  patches = [x[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
-  return jnp.concatenate(patches, -1) @ kernel.reshape(-1, kernel.shape[-1])
+  x = x.reshape(batch, height + 2, (width + 2) // own, own * channels)
+  columns = range(1 + 2 // own)
+  patches = [x[:, i : i + height, j : j + width // own] for i in range(3) for j in columns]
+  taps = [jnp.pad(kernel, ((0, 0), (i, own - 1 - i), (0, 0), (0, 0))) for i in range(own)]
+  taps = jnp.stack(taps, -2).reshape(-1, own * kernel.shape[-1])  # (3 (own + 2) C, own D)
+  return (jnp.concatenate(patches, -1) @ taps).reshape(batch, height, width, -1)
 
 
 def _pays(x, kernel, doubled: bool) -> bool:

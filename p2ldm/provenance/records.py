@@ -9,8 +9,8 @@ made it. Other formats carry the XMP packet alone. The record:
   request         seed, image, sampler, steps, eta, guidance, guidance_interval, attributes (those that were
                   specified); mask_sha256 of the class ids and mask_png, they themselves, base64: both null
                   without a mask; of a variation alone: variation, as of `Pipeline.sample_latents`
-  drawn           batch_size, row, conditions that the batch had, devices that shared it, dtype, backend,
-                  jax: with the request, all that the bits depend on
+  drawn           batch_size, row, conditions that the batch had, devices (or cores) that shared it, dtype,
+                  backend, jax: with the request, all that the bits depend on
   edit            of an edit alone: source (SHA-256 of the file and of its pixels, its size, whether it is a
                   photograph), attributes and mask that it was taken to show, what could change
                   (region_sha256, region_png), strength, fresh_noise, refinements, paste, feather; the

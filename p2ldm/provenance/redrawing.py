@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from p2ldm import conditions
+from p2ldm import conditions, cores
 from p2ldm.data.labels import UNSPECIFIED
 from p2ldm.errors import UserError
 from p2ldm.provenance.records import mask_of, of_photograph, pixels_sha256, read
@@ -73,7 +73,7 @@ def request_of(pipeline, record: Mapping) -> dict:
 
 
 def place_of(record: Mapping) -> tuple[int, int, int]:
-  """Where an image was in its batch: (images of one device's part, row among them, number of the image).
+  """Where an image was in its batch: (images of its device's or core's part, row among them, number of it).
 
   Raises:
     KeyError, TypeError, ValueError, OverflowError: the record is damaged.
@@ -120,14 +120,15 @@ def redraw(pipeline, record: Mapping) -> Image.Image:
   rows = {name: np.repeat(array, count, axis=0) for name, array in found.items()}
   for name in missing:
     rows[name][(row + 1) % count] = {'attributes': 1, 'mask': 0}[name]
-  faces = pipeline(
-    rows['attributes'],
-    rows['mask'],
-    count,
-    first_image=image - row,
-    batch_size=size,
-    **options,
-  )
+  with cores.undivided():
+    faces = pipeline(
+      rows['attributes'],
+      rows['mask'],
+      count,
+      first_image=image - row,
+      batch_size=size,
+      **options,
+    )
   return faces[row]
 
 

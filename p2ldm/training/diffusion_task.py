@@ -101,6 +101,7 @@ def make_task(
     probe=probe,
     probe_every=config.probe.every,
     start=(lambda params: {'denoiser': start(params['denoiser'])}) if start else None,
+    divisible=config.denoiser.unet.dropout == 0,
     cpu_optimization_level=1,  # as fast, and compiled in three quarters of the time
   )
 

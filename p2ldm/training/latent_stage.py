@@ -119,19 +119,16 @@ class Encoder:
     self._batch_size = (
       -(-batch_size // mesh.size) * mesh.size
     )  # padded: split evenly over the devices
-    self._sharding = sharding.over_batch(mesh)
     self._params = jax.device_put(trained.autoencoder, sharding.replicated(mesh))
-    self._encode = jax.jit(
-      lambda params, image: model.apply({'params': params}, image, method='encode'),
-      out_shardings=sharding.replicated(mesh),
+    self._encode = sharding.OverBatch(
+      lambda params, image: model.apply({'params': params}, image, method='encode'), mesh, 1
     )
 
   def __call__(self, image: np.ndarray) -> np.ndarray:
     """(B, H, W, 3) float32, B at most the batch size -> raw latent (B, h, w, C) float32."""
     rows = len(image)
     padding = [(0, self._batch_size - rows)] + [(0, 0)] * 3
-    batch = jax.device_put(np.pad(image, padding), self._sharding)
-    return np.asarray(self._encode(self._params, batch))[:rows]
+    return np.asarray(self._encode(self._params, np.pad(image, padding)))[:rows]
 
 
 def fingerprint(params) -> str:

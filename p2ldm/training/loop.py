@@ -20,8 +20,9 @@ from p2ldm import interruptions, pictures, processes, sharding, storage
 from p2ldm.errors import UserError
 from p2ldm.training.checkpoint import Checkpoints, disk_is_full
 from p2ldm.training.metrics import MetricWriter
+from p2ldm.training.programs import jit_step
 from p2ldm.training.state import TrainState
-from p2ldm.training.step import check, create_state, jit_step
+from p2ldm.training.step import check, create_state
 from p2ldm.training.task import Task
 from p2ldm.training.vote import Vote
 

@@ -68,7 +68,8 @@ def make_plan(config, devices: int) -> Plan:
   import jax
 
   from p2ldm import sharding
-  from p2ldm.training.step import create_state, jit_step
+  from p2ldm.training.programs import jit_step
+  from p2ldm.training.step import create_state
 
   mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, jax.devices()[:devices])
   dtype = 'bfloat16' if config.compute_dtype == 'auto' else config.compute_dtype
@@ -77,10 +78,10 @@ def make_plan(config, devices: int) -> Plan:
   shardings = sharding.state_shardings(state, mesh)
   start = time.perf_counter()
   key = jax.eval_shape(jax.random.key, 0)
-  lowered = jit_step(task, mesh, shardings).lower(state, batch, key, None)
+  lowered = jit_step(task, mesh, shardings, parts=1).lower(state, batch, key, None)
   flops = lowered.cost_analysis()['flops']
   if task.training.accumulation_steps > 1:  # the analysis counts a loop's body once
-    whole = jit_step(in_one_part(task), mesh, shardings).lower(state, batch, key, None)
+    whole = jit_step(in_one_part(task), mesh, shardings, parts=1).lower(state, batch, key, None)
     flops = whole.cost_analysis()['flops']
   memory = lowered.compile().memory_analysis()
   denoiser = state.params['denoiser']

@@ -1,32 +1,18 @@
 """One training step, the same for every task: gradients, perhaps of several micro-batches, and an update.
 
 A step whose loss or gradient is not finite makes no update: the state stays the last good one.
-
-On one device, gradients and update are two programs (`Step`). What they hand over, the gradients, has to be
-whole in any case before the update begins, since clipping needs their norm. Compiled side by side they take
-0.8 of the time, and loaded from the cache a quarter (docs/performance.md). Over several devices they are one
-program: as two they need half again the temporaries (a small U-Net, eight CPU devices, fsdp = 8: 4.65 MB
-for 3.0), as XLA then sums all gradients over the devices at once.
 """
-
-import concurrent.futures
-import functools
-import math
-import os
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from p2ldm import sharding
 from p2ldm.errors import UserError
 from p2ldm.training.state import TrainState
 from p2ldm.training.task import Task
 
 NON_FINITE = ('stop', 'skip')
-_LEVEL = 'xla_backend_optimization_level'
 
 
 def make_step(task: Task, mesh: jax.sharding.Mesh):
@@ -45,20 +31,25 @@ def make_step(task: Task, mesh: jax.sharding.Mesh):
   check(task.training, mesh, task.name)
 
   def step(state: TrainState, batch, key, frozen):
-    return _update(state, *_gradients(state, batch, key, frozen, task, mesh), task)
+    return update(state, *gradients(state, batch, key, frozen, task=task, mesh=mesh), task=task)
 
   return step
 
 
-def _gradients(state: TrainState, batch, key, frozen, task: Task, mesh) -> tuple[dict, dict]:
-  """A batch's gradients and metrics."""
+def gradients(
+  state: TrainState, batch, key, frozen, part=0, *, task: Task, mesh, parts: int = 1
+) -> tuple[dict, dict]:
+  """Gradients and metrics of one of so many equal parts of a batch, of which everything is drawn."""
   key = jax.random.fold_in(key, state.step)
   rows = task.prepare(batch, key)
+  if parts > 1:
+    of_part = len(jax.tree.leaves(rows)[0]) // parts
+    rows = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, part * of_part, of_part), rows)
   steps = task.training.accumulation_steps
   return accumulate(task.gradients, steps, mesh, state, rows, key, frozen)
 
 
-def _update(state: TrainState, grads: dict, metrics: dict, task: Task) -> tuple[TrainState, dict]:
+def update(state: TrainState, grads: dict, metrics: dict, *, task: Task) -> tuple[TrainState, dict]:
   """The next state, and metrics with the gradients' norm and whether the update was skipped."""
   training = task.training
   norm = optax.tree.norm(grads)
@@ -73,118 +64,6 @@ def _update(state: TrainState, grads: dict, metrics: dict, task: Task) -> tuple[
 def create_state(task: Task, key: jax.Array) -> TrainState:
   """The state of a task before its first step."""
   return TrainState.create(task.init(key), task.optimizer, task.averaged)
-
-
-def jit_step(task: Task, mesh: jax.sharding.Mesh, shardings):
-  """`make_step`, laid out over the mesh; the old state's memory becomes the new one's.
-
-  Args:
-    task: what to train.
-    mesh: of the batch.
-    shardings: of the state, from `sharding.state_shardings`.
-
-  Returns:
-    A function of `jax.jit`; on one device a `Step`, which is called and lowered alike, but for the shapes
-    and dtypes of its first call alone.
-
-  Raises:
-    UserError: as `make_step`.
-  """
-  check(task.training, mesh, task.name)
-  jit = functools.partial(jax.jit, compiler_options=compiler_options(task, mesh))
-  replicated = sharding.replicated(mesh)
-  arguments = (shardings, sharding.over_batch(mesh), replicated, replicated)
-  results = (shardings, replicated)
-  if mesh.size > 1:
-    whole = make_step(task, mesh)
-    return jit(whole, in_shardings=arguments, out_shardings=results, donate_argnums=0)
-  gradients = functools.partial(_gradients, task=task, mesh=mesh)
-  update = functools.partial(_update, task=task)
-  handed = (shardings.params, replicated)
-  return Step(
-    jit(gradients, in_shardings=arguments, out_shardings=handed),
-    jit(update, in_shardings=(shardings, *handed), out_shardings=results, donate_argnums=0),
-  )
-
-
-def compiler_options(task: Task, mesh: jax.sharding.Mesh) -> dict | None:
-  """What the task wants of the compiler, unless JAX or XLA was told how much to optimize."""
-  level, platform = task.cpu_optimization_level, mesh.devices.flat[0].platform
-  flags = os.environ.get('XLA_FLAGS', '')
-  told = jax.config.read('jax_disable_most_optimizations') or _LEVEL in flags
-  return None if level is None or platform != 'cpu' or told else {_LEVEL: level}
-
-
-class Step:
-  """A training step of two programs, for one device; compiled at the first call, for what it is given."""
-
-  def __init__(self, gradients, update):
-    """Functions of `jax.jit`: `gradients` of all arguments, `update` of the state and their result."""
-    self._gradients, self._update, self._compiled = gradients, update, None
-
-  def __call__(self, state: TrainState, batch, key, frozen) -> tuple[TrainState, dict]:
-    """As `make_step`; the state's memory is that of the result."""
-    if self._compiled is None:
-      self._compiled = self.lower(state, batch, key, frozen).compile()
-    return self._compiled(state, batch, key, frozen)
-
-  def lower(self, state: TrainState, batch, key, frozen) -> 'LoweredStep':
-    """For arguments or their shapes."""
-    traced = self._gradients.trace(state, batch, key, frozen)
-    return LoweredStep(traced.lower(), self._update.lower(state, *traced.out_info))
-
-
-class LoweredStep(NamedTuple):
-  """The programs of a step, lowered."""
-
-  gradients: jax.stages.Lowered
-  update: jax.stages.Lowered
-
-  def compile(self) -> 'CompiledStep':
-    """Both, side by side."""
-    with concurrent.futures.ThreadPoolExecutor() as threads:
-      return CompiledStep(*threads.map(lambda program: program.compile(), self))
-
-  def cost_analysis(self) -> dict[str, float]:
-    """Operations and bytes of both together, as of `jax.stages.Lowered`."""
-    return _costs(self)
-
-
-class CompiledStep(NamedTuple):
-  """The programs of a step, compiled."""
-
-  gradients: jax.stages.Compiled
-  update: jax.stages.Compiled
-
-  def __call__(self, state: TrainState, batch, key, frozen) -> tuple[TrainState, dict]:
-    """As `make_step`; the state's memory is that of the result."""
-    return self.update(state, *self.gradients(state, batch, key, frozen))
-
-  def cost_analysis(self) -> dict[str, float]:
-    """Operations and bytes of both together, as of `jax.stages.Compiled`."""
-    return _costs(self)
-
-  def memory_analysis(self) -> 'Memory':
-    """Of both, one after the other, as of `jax.stages.Compiled`."""
-    gradients, update = (program.memory_analysis() for program in self)
-    arguments = jax.tree.leaves(self.gradients.args_info)
-    return Memory(
-      sum(math.prod(x.shape) * x.dtype.itemsize for x in arguments),
-      gradients.output_size_in_bytes + max(gradients.temp_size_in_bytes, update.temp_size_in_bytes),
-    )
-
-
-class Memory(NamedTuple):
-  """Bytes of a step: state, batch, key and frozen; gradients, and the temporaries of the larger program."""
-
-  argument_size_in_bytes: int
-  temp_size_in_bytes: int
-
-
-def _costs(programs) -> dict[str, float]:
-  gradients, update = (program.cost_analysis() for program in programs)
-  names = {'flops', 'bytes accessed'} & gradients.keys() & update.keys()
-  return {name: gradients[name] + update[name] for name in names}
 
 
 def accumulate(gradients, steps: int, mesh, state, rows, key, frozen):

@@ -40,6 +40,8 @@ class Task:
     probe_every: steps between two of them; 0 is never.
     start: {network name: parameters} as init drew them, on their devices -> what to train from instead, or
       None; of a run that has no checkpoint.
+    divisible: whether gradients draw nothing at random and are plain means over the rows, so that those of
+      equal parts of a batch have the whole batch's as their mean.
     cpu_optimization_level: how much LLVM optimizes the task's steps on CPUs, 0 to 3; None is XLA's own, 3.
   """
 
@@ -58,6 +60,7 @@ class Task:
   probe: Callable[[TrainState], dict[str, float]] | None = None
   probe_every: int = 0
   start: Callable[[dict], dict] | None = None
+  divisible: bool = False
   cpu_optimization_level: int | None = None
 
 
