@@ -118,9 +118,17 @@ def backward(saved, gradient, form: Form = PLAIN):
   data, kernel = saved
   products = _transpose_output(gradient, form)
   weights = jnp.einsum('pqtc,pqtd->pqcd', data, products)
-  data = jnp.einsum('pqtd,pqcd->pqtc', products, _transform_kernel(kernel, form))
+  kernel = _transform_kernel(kernel, form)
+  # A product turns one of its factors around: the smaller one.
+  few = products.shape[2] < kernel.shape[2]
+  if few:
+    data = jnp.einsum('pqcd,pqtd->pqct', kernel, products)
+  else:
+    data = jnp.einsum('pqtd,pqcd->pqtc', products, kernel)
+  inputs = jnp.tensordot(_both(form.data.T), data, 2)
   tiles = gradient.shape[0], gradient.shape[1] // TILE, gradient.shape[2] // TILE
-  return _transpose_data(data, tiles, form), jnp.tensordot(_both(form.kernel.T), weights, 2)
+  x = _transpose_inputs(inputs.swapaxes(2, 3) if few else inputs, tiles)
+  return x, jnp.tensordot(_both(form.kernel.T), weights, 2)
 
 
 def _transform_kernel(kernel, form: Form):
@@ -145,10 +153,9 @@ def _transform_data(x, form: Form):
   return jnp.tensordot(_both(form.data), inputs, 2)
 
 
-def _transpose_data(data, tiles, form: Form):
-  """(P, P, T, C) to (B, h, w, C): the transpose of `_transform_data`."""
-  inputs = jnp.tensordot(_both(form.data.T), data, 2)
-  inputs = inputs.reshape(form.inputs, form.inputs, *tiles, -1)
+def _transpose_inputs(inputs, tiles):
+  """The inputs of all tiles, (I, I, T, C), to (B, h, w, C), where shared ones are summed."""
+  inputs = inputs.reshape(*inputs.shape[:2], *tiles, -1)
   return _scatter(_scatter(inputs, 3, 1), 1, 0)
 
 
