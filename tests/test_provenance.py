@@ -11,7 +11,7 @@ import tiny_model
 from PIL import Image
 
 import p2ldm
-from p2ldm import conditions, sharding
+from p2ldm import conditions, cores, sharding
 from p2ldm.errors import UserError
 from p2ldm.interop import model_directory
 from p2ldm.pipeline import Pipeline
@@ -112,6 +112,17 @@ def test_what_several_devices_drew_one_draws_again(pipeline):
   assert [face.record['drawn']['devices'] for face in drawn] == 4 * [2]
   for face in drawn:
     assert redrawing.redraw(pipeline, face.record).tobytes() == face.tobytes()
+
+
+@pytest.mark.parametrize(('count', 'parts'), [(2, 2), (4, 3)])
+def test_what_several_cores_drew_one_draws_again(pipeline, monkeypatch, count, parts):
+  monkeypatch.setattr(cores, 'count', lambda: count)
+  drawn = pipeline({'Wearing_Hat': 1}, MASK, num_images=12, seed=3, steps=4, batch_size=12)
+  assert {face.record['drawn']['devices'] for face in drawn} == {parts}
+  for cores_there in (1, count):
+    monkeypatch.setattr(cores, 'count', lambda cores_there=cores_there: cores_there)
+    for face in drawn[1:12:5]:
+      assert redrawing.redraw(pipeline, face.record).tobytes() == face.tobytes()
 
 
 def test_another_model_does_not_draw_it(faces):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from toy_task import BATCH, make_batch, make_task
 
-from p2ldm import sharding
+from p2ldm import cores, sharding
 from p2ldm.errors import UserError
 from p2ldm.training.programs import Step, compiler_options, jit_step
 from p2ldm.training.state import TrainState
@@ -112,6 +112,67 @@ def test_laid_out_and_in_two_programs_it_does_the_same(devices):
       np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7)
   assert two.params['net']['w'].sharding.is_equivalent_to(shardings.params['net']['w'], 2)
   assert (int(two.step), int(two.skipped)) == (3, 1)
+
+
+@pytest.mark.parametrize('steps', [1, 3])
+def test_shared_by_the_cores_it_does_the_same(monkeypatch, steps):
+  monkeypatch.setattr(cores, 'count', lambda: 2)
+  mesh, key, sizes = one_mesh(), jax.random.key(1), []
+  task = make_task(mesh, accumulation_steps=steps, on_non_finite='skip')
+  plain = task.gradients
+
+  def gradients(state, rows, key, frozen):
+    sizes.append(len(rows['x']))
+    return plain(state, rows, key, frozen)
+
+  task = dataclasses.replace(task, gradients=gradients, divisible=True)
+  create = functools.partial(create_state, task)
+  one, two = (jax.jit(create)(key) for _ in range(2))
+  step = jit_step(task, mesh, sharding.state_shardings(one, mesh))
+  assert step.parts == 2
+  pure = jax.jit(make_step(task, mesh))
+  for batch in (make_batch(0), make_batch(1, np.nan), make_batch(2)):
+    sizes.clear()
+    two, of_two = step(two, batch, key, None)
+    assert set(sizes) <= {BATCH // steps // 2}
+    one, of_one = pure(one, batch, key, None)
+    pairs = zip(jax.tree.leaves((one, of_one)), jax.tree.leaves((two, of_two)), strict=True)
+    for x, y in pairs:
+      np.testing.assert_allclose(x, y, rtol=2e-6, atol=1e-6)
+  assert (int(two.step), int(two.skipped)) == (3, 1)
+
+
+def test_costs_and_memory_of_parts_are_those_of_all_parts():
+  mesh = one_mesh()
+  task, key = make_task(mesh), jax.random.key(0)
+  state = create_state(task, key)
+  shardings = sharding.state_shardings(state, mesh)
+  one, two = (
+    jit_step(task, mesh, shardings, parts=parts).lower(state, make_batch(0), key, None)
+    for parts in (1, 2)
+  )
+  assert (one.parts, two.parts) == (1, 2)
+  # Both parts draw the noise of the whole batch.
+  assert 1 <= two.cost_analysis()['flops'] / one.cost_analysis()['flops'] < 1.3
+  one, two = one.compile().memory_analysis(), two.compile().memory_analysis()
+  assert two.argument_size_in_bytes == one.argument_size_in_bytes
+  gradients = sum(x.nbytes for x in jax.tree.leaves(state.params))
+  assert two.temp_size_in_bytes > one.temp_size_in_bytes + 0.9 * gradients
+
+
+def test_only_what_is_divisible_is_shared_and_only_where_it_divides(monkeypatch):
+  monkeypatch.setattr(cores, 'count', lambda: 4)
+  mesh = one_mesh()
+  for changes, divisible, parts in [
+    ({}, False, 1),
+    ({}, True, 4),
+    ({'accumulation_steps': 2}, True, 3),
+    ({'accumulation_steps': 8}, True, 1),
+  ]:
+    task = dataclasses.replace(make_task(mesh, **changes), divisible=divisible)
+    state = jax.eval_shape(functools.partial(create_state, task), jax.random.key(0))
+    shardings = sharding.state_shardings(state, mesh)
+    assert jit_step(task, mesh, shardings).parts == parts
 
 
 def test_costs_and_memory_are_those_of_one_program():

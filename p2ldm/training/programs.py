@@ -102,7 +102,7 @@ class Step:
   def __call__(self, state: TrainState, batch, key, frozen) -> tuple[TrainState, dict]:
     """As `step.make_step`; the state's memory is that of the result."""
     if self._compiled is None:
-      self._compiled = self.lower(state, batch, key, frozen).compile()
+      self._compiled = self.compile(state, batch, key, frozen)
     return self._compiled(state, batch, key, frozen)
 
   def lower(self, state: TrainState, batch, key, frozen) -> 'LoweredStep':
@@ -110,6 +110,14 @@ class Step:
     traced = self._gradients.trace(state, batch, key, frozen, np.int32(0))
     update = self._update.lower(state, [traced.out_info] * self.parts)
     return LoweredStep(traced.lower(), update, self.parts)
+
+  def compile(self, state: TrainState, batch, key, frozen) -> 'CompiledStep':
+    """As `lower` and then `LoweredStep.compile`, but the gradients compile while the update is traced."""
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+      traced = self._gradients.trace(state, batch, key, frozen, np.int32(0))
+      gradients = thread.submit(traced.lower().compile)
+      update = self._update.lower(state, [traced.out_info] * self.parts).compile()
+      return CompiledStep(gradients.result(), update, self.parts)
 
 
 class LoweredStep(NamedTuple):

@@ -1,0 +1,106 @@
+"""The cores of a CPU share a batch: what comes out is the whole batch's, and parts run side by side."""
+
+import functools
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from p2ldm import cores, sharding
+
+
+@pytest.fixture
+def four(monkeypatch):
+  monkeypatch.setattr(cores, 'count', lambda: 4)
+
+
+def one_device():
+  return sharding.make_mesh(devices=jax.devices()[:1])
+
+
+@pytest.mark.parametrize(
+  ('rows', 'parts'),
+  [(1, 1), (4, 1), (7, 1), (8, 2), (10, 2), (12, 3), (16, 4), (18, 3), (23, 1), (48, 4)],
+)
+def test_parts_are_equal_and_of_four_rows_or_more(four, rows, parts):
+  assert cores.parts(rows) == parts
+  with cores.undivided():
+    assert cores.parts(rows) == 1
+  assert cores.parts(rows) == parts
+
+
+def test_there_are_as_many_as_the_process_may_use():
+  import os
+
+  allowed = os.sched_getaffinity(0)
+  os.sched_setaffinity(0, {min(allowed)})
+  try:
+    assert cores.count() == 1
+  finally:
+    os.sched_setaffinity(0, allowed)
+  assert cores.count() == len(allowed)
+
+
+def test_another_thread_is_not_undivided(four):
+  found = []
+  with cores.undivided():
+    thread = threading.Thread(target=lambda: found.append(cores.parts(16)))
+    thread.start()
+    thread.join()
+  assert found == [4]
+
+
+def test_calls_run_side_by_side_and_answer_in_order():
+  meeting = threading.Barrier(3)
+
+  def call(number):
+    meeting.wait(timeout=30)  # breaks unless all three are there
+    return number
+
+  assert cores.side_by_side([functools.partial(call, i) for i in range(3)]) == [0, 1, 2]
+
+
+def test_what_a_call_raises_is_raised():
+  with pytest.raises(ZeroDivisionError):
+    cores.side_by_side([lambda: 1, lambda: 1 // 0])
+
+
+@pytest.mark.parametrize(
+  ('rows', 'seen'), [(16, [4]), (12, [4]), (10, [5]), (6, [6])], ids=lambda x: str(x)
+)
+def test_a_function_over_the_batch_is_that_of_the_whole(four, rows, seen):
+  traced = []
+
+  def function(weights, keys, x):
+    traced.append(len(x))
+    noise = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys)
+    return {'sum': x @ weights + noise, 'none': None}, jnp.arange(len(x)) * 0 + 1
+
+  over = sharding.OverBatch(function, one_device(), 2)
+  rng = np.random.default_rng(0)
+  weights, x = rng.normal(size=(3, 3)).astype(np.float32), rng.normal(size=(rows, 3))
+  arguments = weights, jax.random.split(jax.random.key(0), rows), x.astype(np.float32)
+  for _ in range(2):  # the second time nothing is traced
+    found, ones = over(*arguments)
+  assert traced == seen
+  assert over.parts(rows) == rows // seen[0]
+  with cores.undivided():
+    expected, _ = over(*arguments)
+  assert found['none'] is None and ones.shape == (rows,) and found['sum'].shape == (rows, 3)
+  np.testing.assert_allclose(found['sum'], expected['sum'], rtol=1e-6, atol=1e-6)
+
+
+def test_devices_share_it_before_cores_do(four):
+  mesh = sharding.make_mesh(devices=jax.devices()[:2])
+  over = sharding.OverBatch(lambda x: x + 1, mesh, 1)
+  assert (over.parts(16), over.parts(5)) == (2, 1)
+  np.testing.assert_array_equal(over(np.arange(16)), np.arange(1, 17))
+
+
+def test_another_batch_size_is_another_program(four):
+  over = sharding.OverBatch(lambda x: x + 1, one_device(), 1)
+  for rows in (16, 8, 16):
+    np.testing.assert_array_equal(over(np.arange(rows)), np.arange(1, rows + 1))
+  np.testing.assert_array_equal(over(np.arange(16.0, dtype=np.float32)), np.arange(1.0, 17.0))
