@@ -24,9 +24,10 @@ def count() -> int:
   return os.cpu_count() or 1
 
 
-def parts(rows: int) -> int:
-  """Into how many equal parts a batch of so many rows is split: at most one for each core."""
-  most = 1 if _undivided.get() else min(count(), rows // LEAST_ROWS)
+def parts(rows: int, most: int | None = None) -> int:
+  """Into how many equal parts a batch of so many rows is split: at most one for each core, or `most`."""
+  most = min(most or count(), count(), rows // LEAST_ROWS)
+  most = 1 if _undivided.get() else most
   return next(number for number in range(max(1, most), 0, -1) if rows % number == 0)
 
 

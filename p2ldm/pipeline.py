@@ -11,6 +11,7 @@ batch size differently).
 import collections
 import contextlib
 import itertools
+import threading
 from collections.abc import Callable, Mapping
 
 import jax
@@ -114,6 +115,10 @@ class Pipeline:
 
   def replace_denoiser(self, params: dict):
     """Draws with other parameters of the same denoiser from now on; nothing is compiled again."""
+    if sharding.by_cores(self._mesh):
+      # Sharded over devices, they would make every part a program of all devices, and two of those at once
+      # may wait for one another.
+      params = jax.device_put(params, sharding.replicated(self._mesh))
     self._params = {**self._params, 'denoiser': params}
 
   def __call__(
@@ -205,7 +210,8 @@ class Pipeline:
         its noise, the sum of these images' with their weights (of one image: weight 1), turned towards
         the noise of (seed, i). Strength 0 is the other image, 1 has nothing of it.
       batch_size: images drawn at a time, 8 by default; more takes more memory.
-      progress: shows a progress bar, or is called with the steps that are done and their number.
+      progress: shows a progress bar, or is called with the steps that are done and their number, from other
+        threads; it must not draw.
 
     Raises:
       UserError: any of these is out of range, or a condition that this model does not take.
@@ -243,7 +249,7 @@ class Pipeline:
       )
       for rows, count in _batches(np.arange(len(mask)), batch_size)
     ]
-    run.eval_shape(*calls[0][0])  # bad options are reported before the bar appears
+    run.check(*calls[0][0])  # bad options are reported before the bar appears
     ticks = steps * sum(run.parts(len(arguments[-1])) for arguments, _ in calls)
     with self.ticking(ticks, 'sampling', progress):
       latents = [*_fetched((run(*arguments), count) for arguments, count in calls)]
@@ -426,7 +432,7 @@ class Pipeline:
     return self._compiled[key]
 
   def parts(self, rows: int) -> int:
-    """Into how many parts a batch of so many rows is split, one for each device that shares it."""
+    """Into how many parts a batch of so many rows is split, one for each device or core that shares it."""
     return self._decode.parts(rows)
 
   @property
@@ -466,8 +472,16 @@ class Pipeline:
   def ticking(self, total: int, what: str, progress: bool | Callable[[int, int], None]):
     """Progress, as of `sample_latents`, of what runs in the block: `total` evaluations by `denoise_fn`."""
     with tqdm(total=total, unit='step', desc=what, disable=progress is not True) as bar:
-      self._tick = _counter(progress, total) if callable(progress) else bar.update
+      tick, lock = _counter(progress, total) if callable(progress) else bar.update, threading.Lock()
+
+      def one_by_one():  # parts of a batch move the same bar
+        with lock:
+          tick()
+
+      self._tick = one_by_one
       yield
+      # Waits for programs that this thread asked for. Those of the cores' threads have ended by now, as the
+      # block has fetched what they computed.
       jax.effects_barrier()
 
 

@@ -166,17 +166,19 @@ def gather(tree):
   return jax.tree.map(whole, tree)
 
 
+def by_cores(mesh: Mesh) -> bool:
+  """Whether the cores of a CPU share batches: where it is the only device."""
+  return mesh.size == 1 and mesh.devices.flat[0].platform == 'cpu'
+
+
 class OverBatch:
   """A jitted function whose rows are shared, each part having a program of its own.
 
-  Devices share them where they divide them; on a CPU that is one device, its cores do.
+  Devices share them where they divide them; on a CPU that is one device, its cores do (`cores`).
   """
 
-  def __init__(self, function: Callable, mesh, batched: int):
-    """Args: the last `batched` arguments and all results lead with the batch axis.
-
-    The form of the others is the same at every call.
-    """
+  def __init__(self, function: Callable, mesh: Mesh, batched: int):
+    """Args: the last `batched` arguments and all results lead with the batch axis."""
     self._whole, self._mesh, self._batched = jax.jit(function), mesh, batched
     rows = PartitionSpec(mesh.axis_names)
     fixed = len(inspect.signature(function).parameters) - batched
@@ -184,37 +186,45 @@ class OverBatch:
     self._shared = jax.jit(
       jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
     )
-    self._of_part: dict[tuple, Callable] = {}  # compiled, by the form of the rows
+    self._compiled: dict[tuple, Callable] = {}  # of a core's part, by the form of its arguments
 
   def parts(self, rows: int) -> int:
     """Into how many parts a batch of so many rows is split."""
-    if self._by_cores:
+    if by_cores(self._mesh):
       return cores.parts(rows)
     return self._mesh.size if rows % self._mesh.size == 0 else 1
 
   def __call__(self, *arguments):
-    """Calls it."""
-    parts = self.parts(len(arguments[-1]))
-    if parts == 1 or not self._by_cores:
+    """Calls it; inside of a transformation of JAX's, in one part on a CPU."""
+    calls = self._calls(arguments)
+    if len(calls) == 1 or any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arguments)):
       return self._chosen(arguments)(*arguments)
-    fixed, batch = arguments[: -self._batched], arguments[-self._batched :]
-    size = len(batch[-1]) // parts
-    calls = [[*fixed, *(x[i * size : (i + 1) * size] for x in batch)] for i in range(parts)]
-    form = tuple((x.shape, x.dtype) for x in calls[0][-self._batched :])
-    if form not in self._of_part:
-      self._of_part[form] = self._whole.lower(*calls[0]).compile()
-    program = self._of_part[form]
+    program = self._program(calls[0])
     results = cores.side_by_side([functools.partial(program, *call) for call in calls])
     return jax.tree.map(lambda *rows: jnp.concatenate(rows), *results)
 
-  def eval_shape(self, *arguments):
-    """The shapes of the results."""
-    return self._chosen(arguments).eval_shape(*arguments)
+  def check(self, *arguments):
+    """Raises what tracing it for these arguments raises."""
+    (call, *_) = self._calls(arguments)
+    self._chosen(call).eval_shape(*call)
 
-  @property
-  def _by_cores(self) -> bool:
-    return self._mesh.size == 1 and self._mesh.devices.flat[0].platform == 'cpu'
+  def _calls(self, arguments) -> list[tuple]:
+    """The arguments of each core's part; of devices, all in one."""
+    parts = self.parts(len(arguments[-1])) if by_cores(self._mesh) else 1
+    if parts == 1:
+      return [arguments]
+    fixed, batch = arguments[: -self._batched], arguments[-self._batched :]
+    rows = len(batch[-1]) // parts
+    slices = [slice(i * rows, (i + 1) * rows) for i in range(parts)]
+    return [(*fixed, *(x[part] for x in batch)) for part in slices]
+
+  def _program(self, call) -> Callable:
+    form = [(x.shape, x.dtype) for x in jax.tree.leaves(call)]
+    form = (*form, jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision)
+    if form not in self._compiled:
+      self._compiled[form] = self._whole.lower(*call).compile()
+    return self._compiled[form]
 
   def _chosen(self, arguments):
-    shared = not self._by_cores and self.parts(len(arguments[-1])) > 1
+    shared = not by_cores(self._mesh) and self.parts(len(arguments[-1])) > 1
     return self._shared if shared else self._whole

@@ -29,6 +29,7 @@ def test_parts_are_equal_and_of_four_rows_or_more(four, rows, parts):
   with cores.undivided():
     assert cores.parts(rows) == 1
   assert cores.parts(rows) == parts
+  assert cores.parts(rows, most=2) <= 2 and cores.parts(16, most=9) == 4
 
 
 def test_there_are_as_many_as_the_process_may_use():
@@ -99,8 +100,36 @@ def test_devices_share_it_before_cores_do(four):
   np.testing.assert_array_equal(over(np.arange(16)), np.arange(1, 17))
 
 
-def test_another_batch_size_is_another_program(four):
-  over = sharding.OverBatch(lambda x: x + 1, one_device(), 1)
-  for rows in (16, 8, 16):
-    np.testing.assert_array_equal(over(np.arange(rows)), np.arange(1, rows + 1))
-  np.testing.assert_array_equal(over(np.arange(16.0, dtype=np.float32)), np.arange(1.0, 17.0))
+def test_another_form_is_another_program(four):
+  traced = []
+
+  def function(number, x):
+    traced.append((number.dtype.name, x.dtype.name, len(x)))
+    return x + number.astype(x.dtype)
+
+  over = sharding.OverBatch(function, one_device(), 1)
+  one = np.float32(1)
+  for rows in (16, 24, 16):
+    np.testing.assert_array_equal(over(one, np.arange(rows)), np.arange(1, rows + 1))
+  over(one, np.arange(16, dtype=np.float32))
+  over(jnp.bfloat16(1), np.arange(16))
+  forms = [('float32', 'int32', 4), ('float32', 'int32', 6), ('float32', 'float32', 4)]
+  assert traced == [*forms, ('bfloat16', 'int32', 4)]
+
+
+def test_inside_of_a_transformation_it_is_whole(four):
+  over = sharding.OverBatch(lambda weights, x: x @ weights, one_device(), 1)
+  weights, x = np.eye(3, dtype=np.float32), np.ones((16, 3), np.float32)
+  np.testing.assert_array_equal(jax.jit(over)(weights, x), x)
+  gradient = jax.grad(lambda weights: over(weights, x).sum())(weights)
+  np.testing.assert_array_equal(gradient, np.full((3, 3), 16.0))
+
+
+def test_what_is_checked_is_a_part(four):
+  traced = []
+  over = sharding.OverBatch(lambda x: traced.append(len(x)) or x + 1, one_device(), 1)
+  over.check(np.arange(16))
+  over(np.arange(16))
+  assert traced == [4]  # traced once for both
+  with pytest.raises(TypeError):
+    sharding.OverBatch(lambda x: x + 'a', one_device(), 1).check(np.arange(16))

@@ -12,7 +12,7 @@ import tiny_model
 from PIL import Image
 from test_sample import WITHOUT_TENSORFLOW
 
-from p2ldm import edit, sample
+from p2ldm import cores, edit, sample
 from p2ldm.editing import edits, inputs, recorded
 from p2ldm.editing.edits import Conditions, Settings
 from p2ldm.errors import UserError
@@ -308,7 +308,7 @@ def test_lpips_outside_sees_nothing_of_the_region(image):
 
 
 def test_what_was_edited_is_edited_again_from_its_source(
-  pipeline, model, photograph, tmp_path, capsys, quick
+  pipeline, model, photograph, tmp_path, capsys, quick, monkeypatch
 ):
   options = {**DEFAULTS, 'fresh_noise': 0.5}
   edit.edit(
@@ -331,8 +331,13 @@ def test_what_was_edited_is_edited_again_from_its_source(
   with Image.open(tmp_path / 'out' / 'comparison.png') as opened:
     assert 'compositeWithTrainedAlgorithmicMedia' in opened.info['xmp'].decode()
   capsys.readouterr()
+  seen, edit_again = [], recorded.edit
+  monkeypatch.setattr(
+    recorded, 'edit', lambda *a, **k: seen.append(cores.parts(64)) or edit_again(*a, **k)
+  )
   sample.verify(path, model, photograph)
   assert 'bit for bit' in capsys.readouterr().out
+  assert seen == [1]  # what was a core's part is not divided once more
   sample.verify(path)
   assert 'by editing a photograph' in capsys.readouterr().out
   with pytest.raises(UserError, match=f'--source=FILE .*{found["edit"]["source"]["sha256"]}'):

@@ -114,15 +114,22 @@ def test_what_several_devices_drew_one_draws_again(pipeline):
     assert redrawing.redraw(pipeline, face.record).tobytes() == face.tobytes()
 
 
-@pytest.mark.parametrize(('count', 'parts'), [(2, 2), (4, 3)])
-def test_what_several_cores_drew_one_draws_again(pipeline, monkeypatch, count, parts):
+@pytest.mark.parametrize(('count', 'parts', 'there'), [(2, 2, 4), (4, 4, 1)])
+def test_what_several_cores_drew_is_drawn_again(pipeline, monkeypatch, count, parts, there):
   monkeypatch.setattr(cores, 'count', lambda: count)
-  drawn = pipeline({'Wearing_Hat': 1}, MASK, num_images=12, seed=3, steps=4, batch_size=12)
+  drawn = pipeline({'Wearing_Hat': 1}, MASK, num_images=16, seed=3, steps=4, batch_size=16)
   assert {face.record['drawn']['devices'] for face in drawn} == {parts}
-  for cores_there in (1, count):
-    monkeypatch.setattr(cores, 'count', lambda cores_there=cores_there: cores_there)
-    for face in drawn[1:12:5]:
-      assert redrawing.redraw(pipeline, face.record).tobytes() == face.tobytes()
+  monkeypatch.setattr(cores, 'count', lambda: there)
+  monkeypatch.setattr(cores, 'side_by_side', None)  # a part is not divided once more
+  for face in drawn[1::7]:
+    assert redrawing.redraw(pipeline, face.record).tobytes() == face.tobytes()
+
+
+def test_progress_counts_the_steps_of_all_parts(pipeline, monkeypatch):
+  monkeypatch.setattr(cores, 'count', lambda: 2)
+  seen = []
+  pipeline.sample_latents(num_images=16, batch_size=16, steps=5, progress=lambda *a: seen.append(a))
+  assert seen == [(done, 10) for done in range(1, 11)]
 
 
 def test_another_model_does_not_draw_it(faces):
@@ -141,7 +148,7 @@ def test_another_model_does_not_draw_it(faces):
     (lambda r: r['request'].update(mask_sha256='0'), 'not the one'),
     (lambda r: r['drawn'].update(row=9), 'row 9 of 3'),
     (lambda r: r['drawn'].update(batch_size=10**9), 'row 0 of'),
-    (lambda r: r['drawn'].update(devices=2), 'on 2 devices'),
+    (lambda r: r['drawn'].update(devices=2), 'in 2 parts'),
   ],
 )
 def test_records_that_cannot_be_drawn(pipeline, faces, tmp_path, change, message):

@@ -165,8 +165,8 @@ def test_only_what_is_divisible_is_shared_and_only_where_it_divides(monkeypatch)
   mesh = one_mesh()
   for changes, divisible, parts in [
     ({}, False, 1),
-    ({}, True, 4),
-    ({'accumulation_steps': 2}, True, 3),
+    ({}, True, 2),
+    ({'accumulation_steps': 2}, True, 2),
     ({'accumulation_steps': 8}, True, 1),
   ]:
     task = dataclasses.replace(make_task(mesh, **changes), divisible=divisible)

@@ -265,7 +265,7 @@ def _draw(
   program = pipeline.program(('edit', tuple(timesteps.tolist()), *static), run, 7)
   keys = samplers.image_keys(settings.seed, first_image + np.arange(len(trajectory)))
   arguments = (pipeline.params, weights, keys, trajectory, kept, *source, *target)
-  program.eval_shape(*arguments)  # bad options are reported before the bar appears
+  program.check(*arguments)  # bad options are reported before the bar appears
   total = len(timesteps) * program.parts(len(trajectory))
   with pipeline.ticking(total, 'editing', progress):
     return np.asarray(program(*arguments))

@@ -82,7 +82,7 @@ def place_of(record: Mapping) -> tuple[int, int, int]:
   size, row, image = int(drawn['batch_size']), int(drawn['row']), int(record['request']['image'])
   devices = int(drawn['devices'])
   if not (0 <= row < size <= 4096 and 0 < devices <= size and size % devices == 0):
-    raise ValueError(f'row {row} of {size} on {devices} devices')
+    raise ValueError(f'row {row} of {size} in {devices} parts')
   if not row <= image < 2**31:
     raise ValueError(f'image {image} in row {row}')
   size //= devices  # each had a program for its own part

@@ -24,7 +24,7 @@ class Plan(NamedTuple):
     dtype: of the computation.
     state_bytes: parameters, their EMA and the optimizer's state.
     argument_bytes: the same, the batch and the key.
-    temporary_bytes: activations, gradients and what else a step needs.
+    temporary_bytes: activations, gradients and what else a step needs, where cores do not share its batch.
     flops: of one step, all devices together.
     seconds: that lowering and compiling took.
   """

@@ -1,13 +1,14 @@
 """A training step (`step`) as programs, laid out over the devices.
 
-On one device, gradients and update are two programs. What they hand over, the gradients, has to be whole in
-any case before the update begins, since clipping needs their norm. Compiled side by side they take 0.8 of the
-time, and loaded from the cache a quarter (docs/performance.md). Over several devices they are one program: as
-two they need half again the temporaries (a small U-Net, eight CPU devices, fsdp = 8: 4.65 MB for 3.0), as
-XLA then sums all gradients over the devices at once.
+On a CPU that is one device, gradients and update are two programs. What they hand over, the gradients, has
+to be whole in any case before the update begins, since clipping needs their norm. Compiled side by side they
+take 0.8 of the time, and loaded from the cache a quarter (docs/performance.md). The cores share the batch of
+a task that allows it (`Task.divisible`): the program of the gradients runs once for each part of the rows,
+side by side (`cores`), and the update takes their mean.
 
-On CPUs, the cores share the batch of a task that allows it (`Task.divisible`): the program of the gradients
-runs once for each part of the rows, side by side (`cores`), and the update takes their mean.
+Elsewhere they are one program. Over several devices, two need half again the temporaries (a small U-Net,
+eight CPU devices, fsdp = 8: 4.65 MB for 3.0), as XLA then sums all gradients over the devices at once; on one
+accelerator, two have not been measured.
 """
 
 import concurrent.futures
@@ -25,6 +26,7 @@ from p2ldm.training import step
 from p2ldm.training.state import TrainState
 from p2ldm.training.task import Task
 
+MOST_PARTS = 2  # each has gradients of its own, as large as the parameters
 _LEVEL = 'xla_backend_optimization_level'
 
 
@@ -35,11 +37,11 @@ def jit_step(task: Task, mesh: jax.sharding.Mesh, shardings, parts: int | None =
     task: what to train.
     mesh: of the batch.
     shardings: of the state, from `sharding.state_shardings`.
-    parts: of the batch, computed side by side on one device; None takes as many as suit it.
+    parts: of the batch, that the cores of a CPU compute side by side; None takes as many as suit it.
 
   Returns:
-    A function of `jax.jit`; on one device a `Step`, which is called and lowered alike, but for the shapes
-    and dtypes of its first call alone.
+    A function of `jax.jit`; on a CPU that is one device a `Step`, which is called and lowered alike, but for
+    the shapes and dtypes of its first call alone.
 
   Raises:
     UserError: as `step.make_step`.
@@ -49,10 +51,10 @@ def jit_step(task: Task, mesh: jax.sharding.Mesh, shardings, parts: int | None =
   replicated = sharding.replicated(mesh)
   arguments = (shardings, sharding.over_batch(mesh), replicated, replicated)
   results = (shardings, replicated)
-  if mesh.size > 1:
+  if not sharding.by_cores(mesh):
     whole = step.make_step(task, mesh)
     return jit(whole, in_shardings=arguments, out_shardings=results, donate_argnums=0)
-  parts = parts or _parts(task, mesh)
+  parts = parts or _parts(task)
   handed = (shardings.params, replicated)
   gradients = functools.partial(step.gradients, task=task, mesh=mesh, parts=parts)
   return Step(
@@ -69,20 +71,16 @@ def jit_step(task: Task, mesh: jax.sharding.Mesh, shardings, parts: int | None =
 
 def compiler_options(task: Task, mesh: jax.sharding.Mesh) -> dict | None:
   """What the task wants of the compiler, unless JAX or XLA was told how much to optimize."""
-  level = task.cpu_optimization_level
+  level, platform = task.cpu_optimization_level, mesh.devices.flat[0].platform
   flags = os.environ.get('XLA_FLAGS', '')
   told = jax.config.read('jax_disable_most_optimizations') or _LEVEL in flags
-  return None if level is None or not _on_cpu(mesh) or told else {_LEVEL: level}
+  return None if level is None or platform != 'cpu' or told else {_LEVEL: level}
 
 
-def _parts(task: Task, mesh: jax.sharding.Mesh) -> int:
-  if not task.divisible or not _on_cpu(mesh):
+def _parts(task: Task) -> int:
+  if not task.divisible:
     return 1
-  return cores.parts(task.training.batch_size // task.training.accumulation_steps)
-
-
-def _on_cpu(mesh: jax.sharding.Mesh) -> bool:
-  return mesh.devices.flat[0].platform == 'cpu'
+  return cores.parts(task.training.batch_size // task.training.accumulation_steps, MOST_PARTS)
 
 
 def _update(state: TrainState, results: list, *, task: Task) -> tuple[TrainState, dict]:
@@ -92,7 +90,7 @@ def _update(state: TrainState, results: list, *, task: Task) -> tuple[TrainState
 
 
 class Step:
-  """A training step of two programs, for one device; compiled at the first call, for what it is given."""
+  """A training step of two programs, for a CPU; compiled at the first call, for what it is given."""
 
   def __init__(self, gradients, update, parts: int):
     """Of `jax.jit`: `gradients` of all arguments and a part's number, `update` of state and results."""
