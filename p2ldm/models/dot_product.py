@@ -1,9 +1,9 @@
 """Attention(Q, K, V) = softmax(Q K^T / sqrt(D)) V: `jax.nn.dot_product_attention`, but on CPUs a faster form.
 
-There, sums along the rows of the logits cost as much as the products (docs/performance.md). With
-e = exp(logits - greatest) and its row sums z, the output is (e V) / z, so that only the output is divided,
-and z is a product with ones. Backwards, what softmax subtracts, the row sums of its output times its
-gradient, are the row sums of O dO (Dao et al., arXiv 2205.14135, appendix B.2), which are shorter.
+There, what is done to logits one by one and along their rows costs as much as the products
+(docs/performance.md). With e = exp(logits - greatest) and its row sums z, the output is (e V) / z, so that
+only the output is divided. Backwards, what softmax subtracts, the row sums of its output times its gradient,
+are the row sums of O dO (Dao et al., arXiv 2205.14135, appendix B.2), which are shorter.
 """
 
 import jax
@@ -39,9 +39,9 @@ def _attend(query, key, value):
 
 
 def _forward(query, key, value):
-  logits = jnp.einsum('bnhd,bmhd->bhnm', query * query.shape[-1] ** -0.5, key)
-  weights = jnp.exp(logits - logits.max(-1, keepdims=True))
-  total = jnp.einsum('bhnm,m->bnh', weights, jnp.ones(key.shape[1]))[..., None]
+  products = jnp.einsum('bnhd,bmhd->bhnm', query, key)
+  weights = jnp.exp((products - products.max(-1, keepdims=True)) * query.shape[-1] ** -0.5)
+  total = weights.sum(-1).transpose(0, 2, 1)[..., None]
   output = jnp.einsum('bhnm,bmhd->bnhd', weights, value) / total
   return output, (query, key, value, weights, total, output)
 
