@@ -8,7 +8,7 @@ import tiny_model
 from PIL import Image
 
 import p2ldm
-from p2ldm import conditions
+from p2ldm import conditions, cores, sharding
 from p2ldm.errors import UserError
 from p2ldm.interop import model_directory
 from p2ldm.interop.weights import make_module
@@ -303,3 +303,26 @@ def test_progress_is_told_step_by_step(pipeline, capsys):
   )
   assert told == [(done, 8) for done in range(1, 9)]
   assert 'sampling' not in capsys.readouterr().err
+
+
+def test_cores_draw_with_parameters_that_devices_shared(parts, monkeypatch):
+  monkeypatch.setattr(cores, 'count', lambda: 2)
+  pipeline, mesh = Pipeline(parts), sharding.make_mesh(1, len(jax.devices()))
+  expected = pipeline.sample_latents(num_images=8, steps=2)
+  rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('fsdp'))
+  shared = jax.tree.map(
+    lambda x: jax.device_put(x, rows if x.shape and x.shape[0] % mesh.size == 0 else None),
+    parts.denoiser,
+  )
+  assert any(len(x.sharding.device_set) == mesh.size > 1 for x in jax.tree.leaves(shared))
+  pipeline.replace_denoiser(shared)
+  # Programs of all devices, asked for by two threads at once, would wait for one another.
+  assert all(len(x.sharding.device_set) == 1 for x in jax.tree.leaves(pipeline.params))
+  np.testing.assert_array_equal(pipeline.sample_latents(num_images=8, steps=2), expected)
+
+
+def test_it_can_be_differentiated_through_whatever_the_batch(parts):
+  pipeline = Pipeline(parts)
+  latents = np.random.default_rng(0).normal(size=(8, *pipeline.latent_shape)).astype(np.float32)
+  gradient = jax.grad(lambda x: pipeline.denoise(x, 5).sum())(latents)
+  assert gradient.shape == latents.shape and np.abs(gradient).max() > 0
