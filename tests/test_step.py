@@ -7,13 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_training import make_config
 from toy_task import BATCH, make_batch, make_task
 
 from p2ldm import cores, sharding
 from p2ldm.errors import UserError
+from p2ldm.training import plan
 from p2ldm.training.programs import Step, compiler_options, jit_step
 from p2ldm.training.state import TrainState
-from p2ldm.training.step import create_state, make_step
+from p2ldm.training.step import create_state, gradients, make_step
 from p2ldm.training.task import Task
 
 
@@ -222,3 +224,30 @@ def test_a_task_s_level_of_optimization_goes_to_the_compiler_unless_told_otherwi
 def test_what_does_not_fit_is_refused(changes, devices, said):
   with pytest.raises(UserError, match=said):
     make_step(make_task(one_mesh(), **changes), one_mesh(devices))
+
+
+@pytest.mark.parametrize('dropout', [0.0, 0.1])
+def test_the_denoiser_s_gradients_are_the_mean_of_their_parts_but_for_dropout(dropout):
+  config = make_config(1)
+  config.denoiser.unet.dropout = dropout
+  mesh, key, rng = one_mesh(), jax.random.key(0), np.random.default_rng(0)
+  task, _, shapes = plan.describe(config, mesh, 'float32')
+  assert task.divisible == (dropout == 0)
+  if not task.divisible:
+    return
+  batch = {
+    'latent': rng.normal(size=shapes['latent'].shape).astype(np.float32),
+    'attributes': rng.integers(-1, 2, shapes['attributes'].shape, np.int8),
+    'mask': rng.integers(0, 19, shapes['mask'].shape, np.uint8),
+  }
+  state = jax.jit(functools.partial(create_state, task))(key)
+  # A last layer of zeros would let no gradient through.
+  state = state.replace(params=jax.tree.map(lambda x: x + 0.02, state.params))
+  of = functools.partial(gradients, task=task, mesh=mesh)
+  whole = jax.jit(of)(state, batch, key, None)
+  part = jax.jit(functools.partial(of, parts=2))
+  mean = jax.tree.map(lambda *x: sum(x) / 2, *(part(state, batch, key, None, i) for i in (0, 1)))
+  largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(whole[0]))
+  assert largest > 0
+  for x, y in zip(jax.tree.leaves(whole), jax.tree.leaves(mean), strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5 * largest)
