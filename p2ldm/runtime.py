@@ -61,6 +61,8 @@ def keep_memory() -> bool:
   heap = libc.malloc(size)
   if not heap:
     return False
+  # Kept behind it, so that malloc_trim, which TensorFlow calls, cannot give the end of the heap back.
+  libc.malloc(_HUGE_PAGE)
   start = -(-heap // _HUGE_PAGE) * _HUGE_PAGE
   whole = (heap + size - start) // _HUGE_PAGE * _HUGE_PAGE
   advised = libc.madvise(start, whole, _MADV_HUGEPAGE) == 0

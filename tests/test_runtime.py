@@ -45,3 +45,17 @@ def test_accelerators_are_looked_for(platforms, plugins, found, monkeypatch):
   monkeypatch.setattr(importlib.metadata, 'entry_points', lambda group: plugins)
   monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
   assert runtime.has_accelerators() == found
+
+
+def test_memory_stays_kept_when_the_heap_is_trimmed():
+  program = (
+    'import ctypes, re\n'
+    'from p2ldm import runtime\n'
+    'kept = runtime.keep_memory()\n'
+    "ctypes.CDLL('libc.so.6').malloc_trim(0)\n"
+    "maps = re.split(r'\\n(?=[0-9a-f]+-)', open('/proc/self/smaps').read())\n"
+    "sizes = [int(re.search(r'Size:\\s+(\\d+)', m)[1]) for m in maps if '[heap]' in m and ' hg' in m]\n"
+    'print(kept, max(sizes, default=0) > 2**20)\n'  # kilobytes
+  )
+  done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, check=True)
+  assert done.stdout.split() in (['True', 'True'], ['False', 'False'])
