@@ -59,7 +59,8 @@ class Pipeline:
       parts: config and parameters.
       dtype: of the computation: 'float32', 'bfloat16', or 'auto' (bfloat16 on TPU and GPU).
       name: of the model.
-      mesh: whose devices share the images of a batch, if they divide it; None takes the first device.
+      mesh: whose devices share the images of a batch, if they divide it; None takes the first device. On a
+        CPU that is one device, its cores do.
 
     Raises:
       UserError: there is no denoiser; an unknown dtype, prediction or schedule.

@@ -39,7 +39,7 @@ def make_step(task: Task, mesh: jax.sharding.Mesh):
 def gradients(
   state: TrainState, batch, key, frozen, part=0, *, task: Task, mesh, parts: int = 1
 ) -> tuple[dict, dict]:
-  """Gradients and metrics of one of so many equal parts of a batch, of which everything is drawn."""
+  """Gradients and metrics of one of so many equal parts of a batch; noise is drawn for all of it."""
   key = jax.random.fold_in(key, state.step)
   rows = task.prepare(batch, key)
   if parts > 1:
