@@ -12,6 +12,8 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 
+from p2ldm import runtime
+
 LEAST_ROWS = 4  # of a part: what is done to weights alone is done once for each
 
 _undivided = contextvars.ContextVar('undivided', default=False)
@@ -53,4 +55,4 @@ def side_by_side(calls: Sequence[Callable]) -> list:
 
 @functools.cache
 def _thread(number: int) -> concurrent.futures.ThreadPoolExecutor:
-  return concurrent.futures.ThreadPoolExecutor(1, f'core-{number}')
+  return runtime.start_thread(f'core-{number}')

@@ -1,21 +1,36 @@
 """What a command sets up before it computes: a cache of compiled programs, and memory that stays."""
 
+import concurrent.futures
 import ctypes
+import functools
 import importlib.metadata
 import importlib.util
 import os
 import pathlib
 
 _HUGE_PAGE = 2**21  # bytes
+_LARGE = 2**27  # bytes: more than an arena of glibc's holds
 # Of mallopt and madvise, in Linux' malloc.h and mman.h.
-_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX, _MADV_HUGEPAGE = -1, -4, -8, 14
+_TRIM_THRESHOLD, _MMAP_MAX, _MADV_HUGEPAGE = -1, -4, 14
+
+_kept = range(0)  # addresses of the heap that `keep_memory` reserved
 
 
 def prepare():
   """Sets up what follows; before JAX is used."""
   use_compilation_cache()
-  if not has_accelerators():
-    keep_memory()
+  if not has_accelerators() and keep_memory():
+    compute_where_asked()
+
+
+def compute_where_asked():
+  """Makes JAX run a program for the CPU on the thread that asks for it, not on one of its own.
+
+  So it takes its temporaries from that thread's memory, which may be kept. Before JAX is used.
+  """
+  import jax
+
+  jax.config.update('jax_cpu_enable_async_dispatch', False)
 
 
 def use_compilation_cache():
@@ -36,28 +51,29 @@ def has_accelerators() -> bool:
 
 
 def keep_memory() -> bool:
-  """Makes malloc keep memory that is freed, in huge pages.
+  """Makes malloc keep large blocks that are freed, in huge pages.
 
   On CPUs XLA allocates the temporaries of a program anew at every call. malloc takes so large a piece from
   the system and gives it back each time, and the system clears it page by page: a quarter of a training step
-  (docs/performance.md). Instead, all comes from one heap, for which half of the machine's memory is reserved;
-  it is taken as it is used, and kept until the process ends.
+  (docs/performance.md). Instead, it comes from the main thread's heap, for which half of the machine's memory
+  is reserved; it is taken as it is used, and kept until the process ends.
+
+  Other threads have arenas of their own, and go on taking large blocks from the system, but for those of
+  `start_thread`. One heap for all would do, too, but they would wait for one another at every block.
 
   Returns:
     Whether that could be done: not outside Linux with glibc, or where a limit forbids it.
   """
+  global _kept
   try:
-    libc = ctypes.CDLL('libc.so.6')
-    options = {_ARENA_MAX: 1, _MMAP_MAX: 0, _TRIM_THRESHOLD: -1}
-    if not all(libc.mallopt(option, value) for option, value in options.items()):
+    libc = _libc()
+    if not all(
+      libc.mallopt(option, value) for option, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1))
+    ):
       return False
     size = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // 2
   except (OSError, AttributeError, ValueError):
     return False
-  libc.malloc.restype = ctypes.c_void_p
-  libc.malloc.argtypes = [ctypes.c_size_t]
-  libc.free.argtypes = [ctypes.c_void_p]
-  libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
   heap = libc.malloc(size)
   if not heap:
     return False
@@ -67,4 +83,48 @@ def keep_memory() -> bool:
   whole = (heap + size - start) // _HUGE_PAGE * _HUGE_PAGE
   advised = libc.madvise(start, whole, _MADV_HUGEPAGE) == 0
   libc.free(heap)
+  if advised:
+    _kept = range(heap, heap + size)
   return advised
+
+
+def start_thread(name: str) -> concurrent.futures.ThreadPoolExecutor:
+  """A thread to submit calls to; if memory is kept, one that takes large blocks from there.
+
+  glibc gives a thread its arena at the first block and for good: one of its own at first, and from eight for
+  each core on those that there are, in turn, the main thread's heap among them. So threads are started until
+  one is given that.
+  """
+  others = []
+  for _ in range(32 * (os.cpu_count() or 1) if _kept else 0):
+    thread = concurrent.futures.ThreadPoolExecutor(1, name)
+    if thread.submit(keeps_memory).result():
+      break
+    others.append(thread)
+  else:
+    thread = concurrent.futures.ThreadPoolExecutor(1, name)
+  for other in others:
+    other.shutdown()
+  return thread
+
+
+def keeps_memory() -> bool:
+  """Whether this thread takes large blocks from memory that is kept (`keep_memory`)."""
+  block = _libc().malloc(_LARGE)
+  _libc().free(block)
+  return (block or 0) in _kept
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+  """glibc, its functions with types.
+
+  Raises:
+    OSError, AttributeError: there is none.
+  """
+  libc = ctypes.CDLL('libc.so.6')
+  libc.malloc.restype = ctypes.c_void_p
+  libc.malloc.argtypes = [ctypes.c_size_t]
+  libc.free.argtypes = [ctypes.c_void_p]
+  libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+  return libc
