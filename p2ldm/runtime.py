@@ -65,6 +65,8 @@ def keep_memory() -> bool:
     Whether that could be done: not outside Linux with glibc, or where a limit forbids it.
   """
   global _kept
+  if _kept:
+    return True
   try:
     libc = _libc()
     if not all(
@@ -112,7 +114,8 @@ def keeps_memory() -> bool:
   """Whether this thread takes large blocks from memory that is kept (`keep_memory`)."""
   block = _libc().malloc(_LARGE)
   _libc().free(block)
-  return (block or 0) in _kept
+  # Its beginning may be what was free before the heap.
+  return block is not None and block + _LARGE - 1 in _kept
 
 
 @functools.cache
