@@ -11,7 +11,8 @@ import pathlib
 _HUGE_PAGE = 2**21  # bytes
 _LARGE = 2**27  # bytes: more than an arena of glibc's holds
 # Of mallopt and madvise, in Linux' malloc.h and mman.h.
-_TRIM_THRESHOLD, _MMAP_MAX, _MADV_HUGEPAGE = -1, -4, 14
+_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX, _MADV_HUGEPAGE = -1, -4, -8, 14
+_ARENAS = max(16, 2 * (os.cpu_count() or 1))  # glibc's would be eight for each core
 
 _kept = range(0)  # addresses of the heap that `keep_memory` reserved
 
@@ -69,9 +70,8 @@ def keep_memory() -> bool:
     return True
   try:
     libc = _libc()
-    if not all(
-      libc.mallopt(option, value) for option, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1))
-    ):
+    options = {_ARENA_MAX: _ARENAS, _MMAP_MAX: 0, _TRIM_THRESHOLD: -1}
+    if not all(libc.mallopt(option, value) for option, value in options.items()):
       return False
     size = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // 2
   except (OSError, AttributeError, ValueError):
@@ -93,21 +93,23 @@ def keep_memory() -> bool:
 def start_thread(name: str) -> concurrent.futures.ThreadPoolExecutor:
   """A thread to submit calls to; if memory is kept, one that takes large blocks from there.
 
-  glibc gives a thread its arena at the first block and for good: one of its own at first, and from eight for
-  each core on those that there are, in turn, the main thread's heap among them. So threads are started until
-  one is given that.
+  glibc gives a thread its arena at the first block and for good: one of its own at first, and from the
+  sixteenth on, or two for each core, one of those that there are, in turn, the main thread's heap among them.
+  So threads are started until one is given that; where no more can be, it is one like any other.
   """
   others = []
-  for _ in range(32 * (os.cpu_count() or 1) if _kept else 0):
-    thread = concurrent.futures.ThreadPoolExecutor(1, name)
-    if thread.submit(keeps_memory).result():
-      break
-    others.append(thread)
-  else:
-    thread = concurrent.futures.ThreadPoolExecutor(1, name)
-  for other in others:
-    other.shutdown()
-  return thread
+  try:
+    for _ in range(3 * _ARENAS if _kept else 0):
+      thread = concurrent.futures.ThreadPoolExecutor(1, name)
+      others.append(thread)
+      if thread.submit(keeps_memory).result():
+        return others.pop()
+  except RuntimeError:  # a limit of threads
+    pass
+  finally:
+    for other in others:
+      other.shutdown()
+  return concurrent.futures.ThreadPoolExecutor(1, name)
 
 
 def keeps_memory() -> bool:

@@ -1,5 +1,6 @@
 """What commands set up: the cache of compiled programs, and memory that stays."""
 
+import concurrent.futures
 import importlib.metadata
 import os
 import subprocess
@@ -111,3 +112,21 @@ def test_memory_stays_kept_when_the_heap_is_trimmed():
   )
   done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, check=True)
   assert done.stdout.split() in (['True', 'True'], ['False', 'False'])
+
+
+def test_where_no_more_threads_can_be_one_is_like_any_other(monkeypatch):
+  started, never_keeps = [], concurrent.futures.Future()
+  never_keeps.set_result(False)
+
+  def submit(self, call):
+    started.append(self)
+    if len(started) > 3:
+      raise RuntimeError("can't start new thread")
+    return never_keeps
+
+  monkeypatch.setattr(runtime, '_kept', range(1))
+  monkeypatch.setattr(concurrent.futures.ThreadPoolExecutor, 'submit', submit)
+  thread = runtime.start_thread('other')
+  monkeypatch.undo()
+  assert len(started) == 4 and thread not in started
+  assert thread.submit(len, 'abc').result() == 3
